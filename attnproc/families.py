@@ -1,0 +1,139 @@
+"""Which preset takes a processor's place when its module is asked for another backend.
+
+The switches of diffusers' attention modules (`set_attention_slice`, `set_use_..._attention`) name
+a backend, not a class. Here a processor keeps its family, its weights and its settings; diffusers
+puts the plain UNet class in place of most others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+__all__ = ["preset", "switched"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Classes that differ in nothing but their backend.
+
+    Args:
+        presets: the class that stands for each backend.
+        others: further members, which no switch leads to.
+        takes: constructor arguments that carry over, read off the processor.
+    """
+
+    presets: Mapping[str, str]
+    others: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+
+    def holds(self, processor: object) -> bool:
+        """Whether `processor` is of this family, by name, so that diffusers' classes count."""
+        members = {*self.presets.values(), *self.others}
+        return any(kind.__name__ in members for kind in type(processor).__mro__)
+
+
+_SIZES = ("hidden_size", "cross_attention_dim")
+# A more particular family comes before the one whose classes it may inherit from.
+_FAMILIES = (
+    Family(
+        {
+            "sdpa": "CustomDiffusionAttnProcessor2_0",
+            "xformers": "CustomDiffusionXFormersAttnProcessor",
+        },
+        others=("CustomDiffusionAttnProcessor",),
+        takes=("train_kv", "train_q_out", *_SIZES),
+    ),
+    Family(
+        {"sdpa": "IPAdapterAttnProcessor2_0", "xformers": "IPAdapterXFormersAttnProcessor"},
+        others=("IPAdapterAttnProcessor",),
+        takes=(*_SIZES, "num_tokens", "scale"),
+    ),
+    Family(
+        {
+            "sdpa": "AttnAddedKVProcessor2_0",
+            "xformers": "XFormersAttnAddedKVProcessor",
+            "sliced": "SlicedAttnAddedKVProcessor",
+        },
+        others=("AttnAddedKVProcessor",),
+    ),
+    Family(
+        {"sdpa": "LoRAAttnProcessor2_0", "xformers": "LoRAXFormersAttnProcessor"},
+        others=("LoRAAttnProcessor",),
+        takes=(*_SIZES, "rank", "network_alpha"),
+    ),
+    Family({"sdpa": "JointAttnProcessor2_0", "xformers": "XFormersJointAttnProcessor"}),
+    Family({"sdpa": "FluxAttnProcessor2_0", "xla": "XLAFluxFlashAttnProcessor2_0"}),
+    Family(
+        {
+            "sdpa": "AttnProcessor2_0",
+            "xformers": "XFormersAttnProcessor",
+            "npu": "AttnProcessorNPU",
+            "xla": "XLAFlashAttnProcessor2_0",
+            "sliced": "SlicedAttnProcessor",
+        },
+        others=("AttnProcessor",),
+    ),
+)
+
+
+def preset(name: str) -> Callable[..., Any]:
+    """The processor class of that name, imported on first use."""
+    return getattr(import_module("attnproc"), name)
+
+
+def switched(processor: object, backend: str, **options: object) -> Callable[..., Any]:
+    """`processor` on another backend: its family's preset, or itself with the backend changed.
+
+    Args:
+        processor: the processor in use.
+        backend: `"sdpa"`, `"xformers"`, `"npu"`, `"xla"` or `"sliced"`.
+        **options: constructor arguments of the preset; None stands for not given.
+
+    Returns:
+        A new processor that shares the weights of `processor`.
+
+    Raises:
+        ValueError: `processor` can't run on that backend, or not with these options.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    family = next((family for family in _FAMILIES if family.holds(processor)), None)
+    if family is not None and backend in family.presets:
+        made = _carried(processor, family, family.presets[backend], given)
+        if not _composed(processor, made):
+            return made
+
+    turn: Callable[[str], Callable[..., Any]] | None = getattr(processor, "with_backend", None)
+    if turn is not None and backend != "sliced" and not given:
+        return turn(backend)
+    possible = [] if family is None else sorted(family.presets)
+    raise ValueError(
+        f"processor: {type(processor).__name__} has no class for {backend!r}"
+        f"{f' with {sorted(given)}' if given else ''}; possible for it are {possible}"
+    )
+
+
+def _carried(
+    processor: object, family: Family, name: str, given: Mapping[str, object]
+) -> Callable[..., Any]:
+    kept = {key: getattr(processor, key) for key in family.takes if hasattr(processor, key)}
+    made = preset(name)(**kept, **given)
+    if isinstance(processor, nn.Module) and isinstance(made, nn.Module):
+        # The modules themselves move: optimizers, devices and adapters on them stay valid.
+        for key, child in processor.named_children():
+            setattr(made, key, child)
+        made.train(processor.training)
+    return made
+
+
+def _composed(processor: object, made: object) -> bool:
+    """Whether `processor` has parts (a LoRA, a guidance) that its family's preset lacks."""
+    recipe, plain = getattr(processor, "recipe", None), getattr(made, "recipe", None)
+    if recipe is None or plain is None:
+        return False
+    around = [part for part in recipe.around if type(part).__name__ != "Sliced"]
+    return bool(around) or recipe.but(kernel=plain.kernel, around=plain.around) != plain
