@@ -131,9 +131,15 @@ def _carried(
 
 
 def _composed(processor: object, made: object) -> bool:
-    """Whether `processor` has parts (a LoRA, a guidance) that its family's preset lacks."""
-    recipe, plain = getattr(processor, "recipe", None), getattr(made, "recipe", None)
-    if recipe is None or plain is None:
-        return False
-    around = [part for part in recipe.around if type(part).__name__ != "Sliced"]
-    return bool(around) or recipe.but(kernel=plain.kernel, around=plain.around) != plain
+    """Whether `processor` has parts (a LoRA, a guidance) that neither its class nor `made` has."""
+    recipe = getattr(processor, "recipe", None)
+    plain = [getattr(owner, "recipe", None) for owner in (type(processor), made)]
+    return recipe is not None and _bare(recipe) not in map(_bare, plain)
+
+
+def _bare(recipe: Any) -> Any:
+    """A recipe without what a switch changes."""
+    if recipe is None:
+        return None
+    around = tuple(part for part in recipe.around if type(part).__name__ != "Sliced")
+    return recipe.but(kernel=None, around=around)

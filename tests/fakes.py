@@ -1,0 +1,387 @@
+"""Stand-ins for attention packages that need hardware: they record, refuse, and compute in torch.
+
+Each has the real function's arguments, refuses what the real one refuses, and returns what it is
+documented to return, so that an adapter is tested for layout, scale and mask on any machine. A
+fixture puts each under the package's name for one test::
+
+    def test_it(fake_xformers):
+        ...
+        assert fake_xformers.calls[-1]["scale"] == 0.5
+
+`device_sizes = True` on a fake also refuses the sizes that only the real kernel minds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "FakeTorchNPU",
+    "FakeTorchXLA",
+    "FakeXFormers",
+    "fake_torch_npu",
+    "fake_torch_xla",
+    "fake_xformers",
+]
+
+
+def _install(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str | None = None, **contents: object
+) -> ModuleType:
+    """Puts a module of that name in place, inside its parent if it has one."""
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, loader=None, is_package=True)
+    module.__path__ = []
+    if version is not None:
+        module.__version__ = version
+    for key, value in contents.items():
+        setattr(module, key, value)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, leaf = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], leaf, module)
+    return module
+
+
+def _refuse(error: type[Exception], **broken: bool) -> None:
+    for reason, holds in broken.items():
+        if holds:
+            raise error(reason.replace("_", " "))
+
+
+def _weighted(scores: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return (weights @ value.to(weights.dtype)).to(value.dtype)
+
+
+def _causal(scores: Tensor, *, bottom_right: bool = False) -> Tensor:
+    queries, keys = scores.shape[-2:]
+    shift = keys - queries if bottom_right else 0
+    future = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(1 + shift)
+    return scores.masked_fill(future, float("-inf"))
+
+
+class LowerTriangularMask:
+    """xformers' causal mask: query i sees keys 0 to i."""
+
+
+class FakeXFormers:
+    """`xformers.ops.memory_efficient_attention`; `calls` has one dict of arguments a call.
+
+    As the real one: [B, M, H, K], [B, M, K] or [B, M, G, H, K], all alike, nothing broadcast. A
+    bias is floating, of the dtype of the query, of the full shape of the scores (a view made by
+    `expand` will do) and aligned: its strides but the last are multiples of 16 bytes.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.device_sizes = False
+
+    def memory_efficient_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_bias: Tensor | LowerTriangularMask | None = None,
+        p: float = 0.0,
+        scale: float | None = None,
+        *,
+        op: tuple[Any, Any] | None = None,
+    ) -> Tensor:
+        self.calls.append(
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "attn_bias": attn_bias,
+                "p": p,
+                "scale": scale,
+                "op": op,
+            }
+        )
+        self._check(query, key, value, p)
+        # The real one calls 3-D inputs one head: [B, M, K] is [B, 1, M, K] after this.
+        q, k, v = (
+            x.unsqueeze(1) if x.ndim == 3 else x.movedim(1, -2) for x in (query, key, value)
+        )
+        scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if isinstance(attn_bias, LowerTriangularMask):
+            scores = _causal(scores)
+        elif attn_bias is not None:
+            scores = scores + self._bias(attn_bias, query, scores)
+        out = _weighted(scores, v, p)
+        return out.squeeze(1) if query.ndim == 3 else out.movedim(-2, 1)
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, p: float) -> None:
+        inputs = (query, key, value)
+        lead = (query.shape[0], *query.shape[2:-1])
+        alignment = 128 // torch.finfo(query.dtype).bits
+        _refuse(
+            ValueError,
+            query_key_value_need_the_same_3_to_5_dimensions=query.ndim not in (3, 4, 5)
+            or any(x.ndim != query.ndim for x in inputs),
+            query_key_value_need_one_dtype=len({x.dtype for x in inputs}) > 1,
+            query_key_value_need_one_batch_and_heads=any(
+                (x.shape[0], *x.shape[2:-1]) != lead for x in inputs
+            ),
+            key_and_value_need_one_length=key.shape[1] != value.shape[1],
+            query_and_key_need_one_width=query.shape[-1] != key.shape[-1],
+            dropout_is_no_probability=not 0 <= p <= 1,
+        )
+        _refuse(
+            NotImplementedError,
+            double_precision_is_not_supported=query.dtype == torch.float64,
+            last_stride_is_not_1=any(x.stride(-1) > 1 for x in inputs),
+            head_dimension_is_not_aligned=self.device_sizes
+            and any(x.shape[-1] % alignment for x in inputs),
+        )
+
+    def _bias(self, bias: object, query: Tensor, scores: Tensor) -> Tensor:
+        if not isinstance(bias, Tensor):
+            raise NotImplementedError(f"attn_bias type is {type(bias)}")
+        shape = scores.squeeze(1).shape if query.ndim == 3 else scores.shape
+        _refuse(
+            ValueError,
+            attn_bias_needs_the_dtype_of_the_query=bias.dtype != query.dtype,
+            attn_bias_needs_the_full_shape_of_the_scores=bias.shape != shape,
+        )
+        alignment = 128 // torch.finfo(bias.dtype).bits
+        _refuse(
+            NotImplementedError,
+            attn_bias_strides_are_not_aligned=any(s % alignment for s in bias.stride()[:-1]),
+            attn_bias_last_stride_is_not_1=bias.stride(-1) > 1,
+        )
+        return bias.reshape(scores.shape)
+
+
+class FakeTorchNPU:
+    """`torch_npu.npu_fusion_attention` for layouts BNSD and BSND; `calls` as above.
+
+    As the real one: True in `atten_mask` discards, its shape is [B, N, Sq, Skv], [B, 1, Sq, Skv],
+    [1, 1, Sq, Skv] or [Sq, Skv]; `scale` is 1 unless given and multiplies scores and `pse` alike,
+    so a bias b goes in as b / scale; key heads divide query heads; seven values are returned.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.device_sizes = False
+
+    def npu_fusion_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        head_num: int,
+        input_layout: str,
+        pse: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        atten_mask: Tensor | None = None,
+        scale: float = 1.0,
+        keep_prob: float = 1.0,
+        pre_tockens: int = 2147483647,
+        next_tockens: int = 2147483647,
+        inner_precise: int = 0,
+        prefix: list[int] | None = None,
+        actual_seq_qlen: list[int] | None = None,
+        actual_seq_kvlen: list[int] | None = None,
+        sparse_mode: int = 0,
+        gen_mask_parallel: bool = True,
+        sync: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
+        given = {name: value for name, value in locals().items() if name != "self"}
+        self.calls.append(given)
+        self._check(given)
+        swap = input_layout == "BSND"
+        q, k, v = (x.transpose(1, 2) if swap else x for x in (query, key, value))
+        groups = self._groups(q, k, v, head_num)
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = (q @ k.mT).float()
+        if pse is not None:
+            scores = scores + self._pse(pse, scores)
+        scores = self._masked(scores * scale, atten_mask, sparse_mode)
+        out = _weighted(scores, v, 1 - keep_prob)
+
+        top = scores.amax(-1, keepdim=True)
+        total = (scores - top).exp().sum(-1, keepdim=True)
+        # The device keeps each statistic eight times over.
+        statistics = (top.repeat(1, 1, 1, 8), total.repeat(1, 1, 1, 8))
+        return (out.transpose(1, 2) if swap else out, *statistics, out.new_empty(0), 0, 0, 0)
+
+    def _check(self, given: dict[str, Any]) -> None:
+        query, key, value = given["query"], given["key"], given["value"]
+        width = query.shape[-1]
+        _refuse(
+            RuntimeError,
+            this_fake_knows_layouts_BNSD_and_BSND=given["input_layout"] not in ("BNSD", "BSND"),
+            this_fake_knows_sparse_modes_0_2_and_3=given["sparse_mode"] not in (0, 2, 3),
+            padding_mask_is_not_supported=given["padding_mask"] is not None,
+            sequence_lengths_are_for_layout_TND=given["actual_seq_qlen"] is not None
+            or given["actual_seq_kvlen"] is not None,
+            prefix_is_for_sparse_mode_5=given["prefix"] is not None,
+            query_key_value_need_four_dimensions=any(x.ndim != 4 for x in (query, key, value)),
+            query_key_value_need_one_dtype=len({x.dtype for x in (query, key, value)}) > 1,
+            double_precision_is_not_supported=query.dtype == torch.float64,
+            key_and_value_need_one_shape=key.shape != value.shape,
+            keep_prob_is_no_probability=not 0 < given["keep_prob"] <= 1,
+            head_dimension_is_over_512=width > 512,
+            head_dimension_is_no_multiple_of_16=self.device_sizes and width % 16 != 0,
+        )
+
+    def _groups(self, q: Tensor, k: Tensor, v: Tensor, head_num: int) -> int:
+        _refuse(
+            RuntimeError,
+            head_num_is_not_the_number_of_query_heads=q.shape[1] != head_num,
+            key_heads_do_not_divide_query_heads=q.shape[1] % k.shape[1] != 0,
+            batch_or_width_differ=q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1],
+        )
+        return q.shape[1] // k.shape[1]
+
+    def _pse(self, pse: Tensor, scores: Tensor) -> Tensor:
+        batch, heads, queries, keys = scores.shape
+        shapes = (
+            (batch, heads, queries, keys),
+            (batch, heads, 1, keys),
+            (1, heads, queries, keys),
+        )
+        _refuse(
+            RuntimeError,
+            pse_is_not_BNSS_BN1S_or_1NSS=tuple(pse.shape) not in shapes,
+            pse_needs_the_dtype_of_the_query=pse.dtype != self.calls[-1]["query"].dtype,
+        )
+        return pse.float()
+
+    def _masked(self, scores: Tensor, mask: Tensor | None, sparse_mode: int) -> Tensor:
+        _refuse(
+            RuntimeError,
+            atten_mask_is_neither_bool_nor_uint8=mask is not None
+            and mask.dtype not in (torch.bool, torch.uint8),
+            sparse_modes_2_and_3_need_the_compressed_mask=sparse_mode > 0
+            and (mask is None or tuple(mask.shape) != (2048, 2048)),
+        )
+        if sparse_mode:
+            return _causal(scores, bottom_right=sparse_mode == 3)
+        if mask is None:
+            return scores
+        batch, heads, *inner = scores.shape
+        leads = ((batch, heads), (batch, 1), (1, 1), ())
+        shapes = [(*lead, *inner) for lead in leads]
+        _refuse(
+            RuntimeError, atten_mask_is_not_BNSS_B1SS_11SS_or_SS=tuple(mask.shape) not in shapes
+        )
+        return scores.masked_fill(mask.bool(), torch.finfo(scores.dtype).min)
+
+
+class FakeTorchXLA:
+    """`torch_xla.experimental.custom_kernel.flash_attention`; `calls` as above.
+
+    As the real one: [B, H, S, D] with as many key as query heads; `sm_scale` is 1 unless given
+    and multiplies scores and `ab` alike, so a bias b goes in as b / sm_scale; `ab` has the full
+    shape of the scores; segment ids come both or not at all, and tokens see their own segment.
+    `spmd` is what `torch_xla.runtime.is_spmd()` answers.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.device_sizes = False
+        self.spmd = False
+
+    def is_spmd(self) -> bool:
+        return self.spmd
+
+    def flash_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = False,
+        q_segment_ids: Tensor | None = None,
+        kv_segment_ids: Tensor | None = None,
+        sm_scale: float = 1.0,
+        *,
+        ab: Tensor | None = None,
+        partition_spec: tuple[str | None, ...] | None = None,
+        mesh: Any = None,
+    ) -> Tensor:
+        given = {name: value for name, value in locals().items() if name != "self"}
+        self.calls.append(given)
+        self._check(given)
+        scores = (q @ k.mT).float()
+        if ab is not None:
+            scores = scores + ab.float()
+        scores = scores * sm_scale
+        if q_segment_ids is not None and kv_segment_ids is not None:
+            other = q_segment_ids[:, None, :, None] != kv_segment_ids[:, None, None, :]
+            scores = scores.masked_fill(other, torch.finfo(scores.dtype).min)
+        return _weighted(_causal(scores) if causal else scores, v)
+
+    def _check(self, given: dict[str, Any]) -> None:
+        q, k, v, ab = given["q"], given["k"], given["v"], given["ab"]
+        ids = (given["q_segment_ids"], given["kv_segment_ids"])
+        lengths = (q.shape[-2], k.shape[-2])
+        _refuse(
+            ValueError,
+            q_k_v_need_four_dimensions=any(x.ndim != 4 for x in (q, k, v)),
+            k_and_v_need_one_shape=k.shape != v.shape,
+            q_and_k_need_one_batch_heads_and_width=(*q.shape[:2], q.shape[-1])
+            != (*k.shape[:2], k.shape[-1]),
+            ab_needs_the_full_shape_of_the_scores=ab is not None
+            and tuple(ab.shape) != (*q.shape[:2], *lengths),
+            segment_ids_come_both_or_not_at_all=(ids[0] is None) != (ids[1] is None),
+            segment_ids_need_batch_and_length=any(
+                x is not None and tuple(x.shape) != (q.shape[0], length)
+                for x, length in zip(ids, lengths, strict=True)
+            ),
+            a_partition_spec_names_four_dimensions=given["partition_spec"] is not None
+            and len(given["partition_spec"]) != 4,
+        )
+        _refuse(
+            NotImplementedError,
+            lengths_over_512_are_multiples_of_512=self.device_sizes
+            and any(length % min(512, length) for length in lengths),
+            keys_with_segment_ids_are_a_multiple_of_128=self.device_sizes
+            and ids[1] is not None
+            and lengths[1] % 128 != 0,
+        )
+
+
+@pytest.fixture
+def fake_xformers(monkeypatch: pytest.MonkeyPatch) -> FakeXFormers:
+    """A `FakeXFormers` under the name `xformers` for one test."""
+    fake = FakeXFormers()
+    _install(monkeypatch, "xformers", "0.0.35")
+    _install(
+        monkeypatch,
+        "xformers.ops",
+        memory_efficient_attention=fake.memory_efficient_attention,
+        LowerTriangularMask=LowerTriangularMask,
+    )
+    return fake
+
+
+@pytest.fixture
+def fake_torch_npu(monkeypatch: pytest.MonkeyPatch) -> FakeTorchNPU:
+    """A `FakeTorchNPU` under the name `torch_npu` for one test."""
+    fake = FakeTorchNPU()
+    _install(monkeypatch, "torch_npu", "2.14.0", npu_fusion_attention=fake.npu_fusion_attention)
+    return fake
+
+
+@pytest.fixture
+def fake_torch_xla(monkeypatch: pytest.MonkeyPatch) -> FakeTorchXLA:
+    """A `FakeTorchXLA` under the name `torch_xla` for one test."""
+    fake = FakeTorchXLA()
+    kernel: Callable[..., Tensor] = fake.flash_attention
+    _install(monkeypatch, "torch_xla", "2.9.0")
+    _install(monkeypatch, "torch_xla.runtime", is_spmd=fake.is_spmd)
+    _install(monkeypatch, "torch_xla.experimental")
+    _install(monkeypatch, "torch_xla.experimental.custom_kernel", flash_attention=kernel)
+    return fake
