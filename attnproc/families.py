@@ -38,6 +38,16 @@ class Family:
 
 
 _SIZES = ("hidden_size", "cross_attention_dim")
+_PLAIN = Family(
+    {
+        "sdpa": "AttnProcessor2_0",
+        "xformers": "XFormersAttnProcessor",
+        "npu": "AttnProcessorNPU",
+        "xla": "XLAFlashAttnProcessor2_0",
+        "sliced": "SlicedAttnProcessor",
+    },
+    others=("AttnProcessor",),
+)
 # A more particular family comes before the one whose classes it may inherit from.
 _FAMILIES = (
     Family(
@@ -61,33 +71,19 @@ _FAMILIES = (
         },
         others=("AttnAddedKVProcessor",),
     ),
-    Family(
-        {"sdpa": "LoRAAttnProcessor2_0", "xformers": "LoRAXFormersAttnProcessor"},
-        others=("LoRAAttnProcessor",),
-        takes=(*_SIZES, "rank", "network_alpha"),
-    ),
     Family({"sdpa": "JointAttnProcessor2_0", "xformers": "XFormersJointAttnProcessor"}),
     Family({"sdpa": "FluxAttnProcessor2_0", "xla": "XLAFluxFlashAttnProcessor2_0"}),
-    Family(
-        {
-            "sdpa": "AttnProcessor2_0",
-            "xformers": "XFormersAttnProcessor",
-            "npu": "AttnProcessorNPU",
-            "xla": "XLAFlashAttnProcessor2_0",
-            "sliced": "SlicedAttnProcessor",
-        },
-        others=("AttnProcessor",),
-    ),
+    _PLAIN,
 )
 
 
 def preset(name: str) -> Callable[..., Any]:
     """The processor class of that name, imported on first use."""
-    return getattr(import_module("attnproc"), name)
+    return getattr(import_module("attnproc.presets"), name)
 
 
 def switched(processor: object, backend: str, **options: object) -> Callable[..., Any]:
-    """`processor` on another backend: its family's preset, or itself with the backend changed.
+    """`processor` on another backend: its family's preset, or itself with other parts.
 
     Args:
         processor: the processor in use.
@@ -98,7 +94,7 @@ def switched(processor: object, backend: str, **options: object) -> Callable[...
         A new processor that shares the weights of `processor`.
 
     Raises:
-        ValueError: `processor` can't run on that backend, or not with these options.
+        ValueError: `processor` can't run on that backend.
     """
     given = {name: value for name, value in options.items() if value is not None}
     family = next((family for family in _FAMILIES if family.holds(processor)), None)
@@ -107,14 +103,24 @@ def switched(processor: object, backend: str, **options: object) -> Callable[...
         if not _composed(processor, made):
             return made
 
-    turn: Callable[[str], Callable[..., Any]] | None = getattr(processor, "with_backend", None)
-    if turn is not None and backend != "sliced" and not given:
-        return turn(backend)
-    possible = [] if family is None else sorted(family.presets)
-    raise ValueError(
-        f"processor: {type(processor).__name__} has no class for {backend!r}"
-        f"{f' with {sorted(given)}' if given else ''}; possible for it are {possible}"
-    )
+    recipe, but = (getattr(processor, name, None) for name in ("recipe", "but"))
+    if recipe is None or but is None or recipe.kernel.linear:
+        possible = "none" if family is None else ", ".join(sorted(family.presets))
+        raise ValueError(
+            f"processor: {type(processor).__name__} can't run on {backend!r};"
+            f" possible for it are {possible}"
+        )
+    plain = preset(_PLAIN.presets[backend])(**given).recipe
+    slices = tuple(part for part in plain.around if _slices(part))
+    kept = tuple(part for part in recipe.around if not _slices(part))
+    # Slices count heads through the batch, which guidance must have split by then.
+    around = (*kept, *slices)
+    if backend == "sliced":
+        return but(around=around)
+    changed = but(around=around, kernel=plain.kernel)
+    # A kernel that was named from outside would go before the recipe's.
+    changed._attention_backend = None
+    return changed
 
 
 def _carried(
@@ -141,5 +147,9 @@ def _bare(recipe: Any) -> Any:
     """A recipe without what a switch changes."""
     if recipe is None:
         return None
-    around = tuple(part for part in recipe.around if type(part).__name__ != "Sliced")
+    around = tuple(part for part in recipe.around if not _slices(part))
     return recipe.but(kernel=None, around=around)
+
+
+def _slices(part: object) -> bool:
+    return type(part).__name__ == "Sliced"

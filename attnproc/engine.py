@@ -1,0 +1,94 @@
+"""The one straight line that every processor runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from .kernels import choose
+from .prologue import arrange
+from .shapes import merge_heads
+from .types import AroundPart, Arranged, Call, KernelCall, Recipe, Scoring, Site
+
+if TYPE_CHECKING:
+    from .processor import Processor
+
+__all__ = ["attend"]
+
+
+def attend(recipe: Recipe, proc: Processor, attn: nn.Module, call: Call) -> Tensor | tuple:
+    """Computes attention as the recipe says.
+
+    Args:
+        recipe: The parts.
+        proc: The processor, which holds the weights of adapters.
+        attn: The attention module, which holds projections, norms and settings.
+        call: The arguments of this call.
+
+    Returns:
+        The image stream ``[B, S, C]`` (a grid where one came); with a text stream the pair
+        (image, text); a third tensor where the family returns image prompts apart.
+
+    Raises:
+        ValueError: An argument has a shape or a combination that the recipe does not take.
+    """
+    at = Site(recipe, proc, attn, call)
+
+    x, context = call.x, call.context
+    for step in recipe.frame:
+        x, context = step.enter(at, x, context)
+
+    streams = recipe.project(at, x, context)
+    arranged = arrange(at, streams)
+
+    q, k, v = arranged.q, arranged.k, arranged.v
+    for edit in recipe.edits:
+        k, v = edit(at, k, v)
+
+    kernel = choose(recipe.kernel, proc)
+    scoring = score(at, arranged)
+    o = _wrapped(kernel, recipe.around)(q, k, v, scoring)  # [B, H, Q, D]
+    if scoring.keep is not None:
+        o = o * scoring.keep[:, None, :, None]
+
+    image, text = _part(merge_heads(o), scoring, recipe.text_first)
+
+    extra = None
+    for prompt in recipe.prompts:
+        more = prompt(at, arranged, kernel)
+        extra = more if extra is None or more is None else extra + more
+
+    image, text, *rest = recipe.output(at, image, text, extra)
+    for step in reversed(recipe.frame):
+        image, text = step.leave(at, image, text)
+    return image if text is None else (image, text, *rest)
+
+
+def score(at: Site, arranged: Arranged) -> Scoring:
+    """The scoring of this call: settings of the module, then the mask."""
+    attn, length, total = at.attn, arranged.query.shape[1], arranged.q.shape[2]
+    start = total - length if at.recipe.text_first else 0
+    plain = Scoring(
+        causal=getattr(attn, "is_causal", False),
+        scale=at.recipe.scale(at),
+        upcast_qk=getattr(attn, "upcast_attention", False),
+        upcast_softmax=getattr(attn, "upcast_softmax", False),
+        image=None if total == length else (start, start + length),
+    )
+    return at.recipe.mask(at, arranged, plain)
+
+
+def _wrapped(kernel: KernelCall, around: tuple[AroundPart, ...]) -> KernelCall:
+    for wrapper in reversed(around):
+        kernel = partial(wrapper, kernel)
+    return kernel
+
+
+def _part(o: Tensor, scoring: Scoring, text_first: bool) -> tuple[Tensor, Tensor | None]:
+    """The image and the text of a joint result ``[B, Q, H*D]``."""
+    if scoring.image is None:
+        return o, None
+    start, stop = scoring.image
+    return o[:, start:stop], o[:, :start] if text_first else o[:, stop:]

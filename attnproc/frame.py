@@ -1,0 +1,164 @@
+"""Layers around the line: what happens to the input before it and to the result after it.
+
+A frame is a tuple of steps, the outermost first. A step enters on the way in and leaves on the way
+out; what it needs of the input it finds in the call, so no step keeps a memo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .shapes import from_grid, to_grid
+from .types import Site
+
+__all__ = ["ADDED", "BARE", "GRID", "GRID_IN", "SANA", "STABLE_AUDIO", "TEMPORAL", "UNET", "Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that does nothing; the steps below override one side or both."""
+
+    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return x, context
+
+    def leave(
+        self, at: Site, image: Tensor, text: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return image, text
+
+
+@dataclass(frozen=True)
+class Residual(Step):
+    """Adds the input where the module asks for it, then divides by its output factor."""
+
+    def leave(self, at, image, text):
+        if at.attn.residual_connection:
+            image = image + at.call.x
+        factor = at.attn.rescale_output_factor
+        return image if factor == 1.0 else image / factor, text
+
+
+@dataclass(frozen=True)
+class AlwaysResidual(Step):
+    """Adds the input, whatever the module says."""
+
+    def leave(self, at, image, text):
+        return image + at.call.x, text
+
+
+@dataclass(frozen=True)
+class SpatialNorm(Step):
+    """The module's spatial norm, steered by `temb` ``[B, C, height, width]``."""
+
+    def enter(self, at, x, context):
+        norm = getattr(at.attn, "spatial_norm", None)
+        return x if norm is None else norm(x, at.call.temb), context
+
+
+@dataclass(frozen=True)
+class Grid(Step):
+    """Grids ``[B, C, height, width]`` become tokens and come back as grids."""
+
+    def enter(self, at, x, context):
+        if x.ndim == 4:
+            x = from_grid(x)
+        if context is not None and context.ndim == 4:
+            context = from_grid(context)
+        return x, context
+
+    def leave(self, at, image, text):
+        x, context = at.call.x, at.call.context
+        if x.ndim == 4:
+            image = to_grid(image, x)
+        if text is not None and context.ndim == 4:
+            text = to_grid(text, context)
+        return image, text
+
+
+@dataclass(frozen=True)
+class GridIn(Grid):
+    """Grids become tokens and stay so."""
+
+    def leave(self, at, image, text):
+        return image, text
+
+
+@dataclass(frozen=True)
+class ChannelsFirst(Step):
+    """Inputs of any rank with channels second, as the added key-value family has them."""
+
+    def enter(self, at, x, context):
+        return from_grid(x), context
+
+    def leave(self, at, image, text):
+        return to_grid(image, at.call.x), text
+
+
+@dataclass(frozen=True)
+class GroupNorm(Step):
+    """The module's group norm over the channels of the tokens."""
+
+    def enter(self, at, x, context):
+        norm = getattr(at.attn, "group_norm", None)
+        return x if norm is None else _over_channels(norm, x), context
+
+
+@dataclass(frozen=True)
+class ContextNorm(Step):
+    """The module's norm of the context (`cross_attention_norm`)."""
+
+    def enter(self, at, x, context):
+        norm = getattr(at.attn, "norm_cross", None)
+        if norm is None or context is None:
+            return x, context
+        if isinstance(norm, nn.GroupNorm):
+            return x, _over_channels(norm, context)
+        return x, norm(context)
+
+
+@dataclass(frozen=True)
+class ContextOfInput(Step):
+    """Without a context, the tokens as they are before the group norm."""
+
+    def enter(self, at, x, context):
+        return x, x if context is None else context
+
+
+@dataclass(frozen=True)
+class ClipHalf(Step):
+    """Keeps float16 results finite."""
+
+    def leave(self, at, image, text):
+        if at.call.x.dtype == torch.float16:
+            image = image.clip(-65504, 65504)
+        return image, text
+
+
+def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+UNET = (Residual(), SpatialNorm(), Grid(), GroupNorm(), ContextNorm())
+"""All that a U-Net's attention module can hold."""
+
+ADDED = (
+    AlwaysResidual(),
+    SpatialNorm(),
+    ChannelsFirst(),
+    ContextNorm(),
+    ContextOfInput(),
+    GroupNorm(),
+)
+"""Added keys and values: the context is taken before the norm; always a residual, no rescaling."""
+
+GRID = (Grid(),)
+GRID_IN = (GridIn(),)
+BARE = (ContextNorm(),)
+TEMPORAL = (Residual(),)
+"""Video autoencoders: one sequence of frames a pixel."""
+
+STABLE_AUDIO = (Residual(), Grid(), ContextNorm())
+SANA = (ClipHalf(),)

@@ -1,0 +1,49 @@
+"""Attention without a softmax: ReLU features and a sum as normaliser (Sana, DC-AE).
+
+Sources: https://arxiv.org/abs/2410.10629, https://arxiv.org/abs/2410.10733
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..masks import factors
+from ..types import Scoring
+from .base import Kernel
+from .reference import expand_heads
+
+__all__ = ["RELU_ADAPTIVE", "RELU_LINEAR", "relu_adaptive", "relu_linear"]
+
+
+def relu_linear(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """Weights ``relu(q) relu(k)`` over their sum, in O(tokens), computed in float32."""
+    q, k, v = (_at_least_single(t) for t in (q, expand_heads(k, q), expand_heads(v, q)))
+    q, k = F.relu(q), _weighted(F.relu(k), scoring)
+    state = k.transpose(-1, -2) @ F.pad(v, (0, 1), value=1.0)  # [B, H, D, D + 1]
+    o = q @ state
+    return o[..., :-1] / (o[..., -1:] + scoring.eps)
+
+
+def relu_adaptive(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """`relu_linear` where that is less work, else the same weights through a ``[K, Q]`` matrix."""
+    if q.shape[2] > q.shape[3]:
+        return relu_linear(q, k, v, scoring)
+    k = _weighted(F.relu(expand_heads(k, q)), scoring)
+    weights = _at_least_single(F.relu(q) @ k.transpose(-1, -2))
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + scoring.eps)
+    return weights.to(v.dtype) @ expand_heads(v, q)
+
+
+def _weighted(k: Tensor, scoring: Scoring) -> Tensor:
+    weight = factors(scoring.mask, k.dtype)
+    return k if weight is None else k * weight.transpose(-1, -2)
+
+
+def _at_least_single(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+RELU_LINEAR = Kernel("relu_linear", relu_linear, linear=True)
+RELU_ADAPTIVE = Kernel("relu_adaptive", relu_adaptive, linear=True)

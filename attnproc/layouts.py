@@ -1,0 +1,109 @@
+"""Which projections make queries, keys and values of which stream.
+
+Every layout gives `Streams` of ``[B, S, H*D]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linears import linear
+from .types import QKV, ProjectPart, Site, Streams
+
+__all__ = [
+    "added_kv",
+    "joint",
+    "joint_packed",
+    "multiscale",
+    "packed",
+    "separate",
+    "shared",
+    "shared_packed",
+]
+
+SELF = ("to_q", "to_k", "to_v")
+ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def separate(at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    """Queries of the input; keys and values of the context, or of the input without one."""
+    return Streams(_three(at, SELF, x, x if context is None else context))
+
+
+def packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    """As `separate`, by one product (two with a context) once the module is fused."""
+    if context is None and _is_packed(at, "to_qkv"):
+        return Streams(QKV(*_split(at, "to_qkv", SELF, x)))
+    if context is not None and _is_packed(at, "to_kv"):
+        return Streams(QKV(linear(at, "to_q", x), *_split(at, "to_kv", SELF[1:], context)))
+    return separate(at, x, context)
+
+
+def joint(at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    """Each stream by its own projections."""
+    image = _three(at, SELF, x, x)
+    return Streams(image, None if context is None else _three(at, ADDED, context, context))
+
+
+def joint_packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    """As `joint`, by one product a stream once the module is fused."""
+    if not _is_packed(at, "to_qkv"):
+        return joint(at, x, context)
+    image = QKV(*_split(at, "to_qkv", SELF, x))
+    return Streams(image, context if context is None else _text(at, context))
+
+
+def shared(at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    """Both streams by the same projections."""
+    return _both(separate, at, x, context)
+
+
+def shared_packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    """As `shared`, by one product a stream once the module is fused."""
+    return _both(packed, at, x, context)
+
+
+def added_kv(at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    """The text adds keys and values to the image's, or stands in for them."""
+    only_text = at.attn.only_cross_attention
+    k, v = (None, None) if only_text else (linear(at, name, x) for name in SELF[1:])
+    text = QKV(None, *(linear(at, name, context) for name in ADDED[1:]))
+    return Streams(QKV(linear(at, "to_q", x), k, v), text)
+
+
+def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    """DC-AE: heads of the grid ``[B, C, height, width]`` and of its convolved copies."""
+    grid = x.movedim(1, -1)
+    qkv = torch.cat([linear(at, name, grid) for name in SELF], dim=-1).movedim(-1, 1)
+    scales = torch.cat([qkv, *(block(qkv) for block in at.attn.to_qkv_multiscale)], dim=1)
+    heads = scales.flatten(2).unflatten(1, (-1, 3, at.attn.attention_head_dim))
+    return Streams(QKV(*heads.permute(2, 0, 4, 1, 3)))  # each [B, S, H, D]
+
+
+def _three(at: Site, names: tuple[str, str, str], x: Tensor, context: Tensor) -> QKV:
+    q, k, v = names
+    return QKV(linear(at, q, x), linear(at, k, context), linear(at, v, context))
+
+
+def _both(layout: ProjectPart, at: Site, x: Tensor, context: Tensor | None) -> Streams:
+    text = None if context is None else layout(at, context, None).image
+    return Streams(layout(at, x, None).image, text)
+
+
+def _is_packed(at: Site, layer: str) -> bool:
+    fused = getattr(at.attn, "fused_projections", False)
+    return fused and getattr(at.attn, layer, None) is not None
+
+
+def _text(at: Site, context: Tensor) -> QKV:
+    if _is_packed(at, "to_added_qkv"):
+        return QKV(*_split(at, "to_added_qkv", ADDED, context))
+    return _three(at, ADDED, context, context)
+
+
+def _split(at: Site, layer: str, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+    """The parts of one product, each with the adapters of its name."""
+    product = getattr(at.attn, layer)(x)
+    parts = product.chunk(len(names), dim=-1)
+    return [linear(at, name, x, part) for name, part in zip(names, parts, strict=True)]

@@ -1,0 +1,139 @@
+"""What a named projection computes: the module's layer, or an adapter's in its place or on top.
+
+The parts of `Recipe.linears` are called in order with what the earlier ones gave (None at first, a
+slice of a packed product where the layout made one). A part that replaces stands before
+`module_linear`, one that adds after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from .types import Site
+
+if TYPE_CHECKING:
+    from .processor import Processor
+
+__all__ = [
+    "CustomDiffusion",
+    "LoRA",
+    "LoRALinear",
+    "linear",
+    "module_linear",
+    "mount_custom_diffusion",
+    "mount_lora",
+]
+
+
+def linear(at: Site, name: str, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The projection `name` of `x` ``[B, S, C]``, or of its packed product `y`, with adapters."""
+    for part in at.recipe.linears:
+        y = part(at, name, x, y)
+    return y
+
+
+def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
+    """The attention module's own layer."""
+    if y is not None:
+        return y
+    if name[-2:-1] == ".":
+        return getattr(at.attn, name[:-2])[int(name[-1])](x)
+    return getattr(at.attn, name)(x)
+
+
+class LoRALinear(nn.Module):
+    """Low-rank update ``(alpha / rank) up(down(x))`` of a linear layer; `up` is zero at first.
+
+    Args:
+        in_features: Width of the layer's input.
+        out_features: Width of its output.
+        rank: Width between `down` and `up`.
+        network_alpha: Numerator of the factor; None means `rank`, so a factor of 1.
+
+    Source: https://arxiv.org/abs/2106.09685
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int = 4, network_alpha: float | None = None
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=False)
+        self.rank = rank
+        self.network_alpha = network_alpha
+        nn.init.normal_(self.down.weight, std=1 / rank)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes in the dtype of the weights and returns that of `x` ``[..., in_features]``."""
+        y = self.up(self.down(x.to(self.down.weight.dtype))).to(x.dtype)
+        return y if self.network_alpha is None else y * (self.network_alpha / self.rank)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adds the low-rank updates that the processor holds as ``{projection}_{name}``."""
+
+    name: str = "lora"
+
+    def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
+        update = getattr(at.proc, f"{name.removesuffix('.0')}_{self.name}", None)
+        if update is None:
+            return y
+        return y + at.call.lora_scale * update(x)
+
+
+def mount_lora(
+    proc: Processor,
+    widths: dict[str, tuple[int, int]],
+    rank: int,
+    network_alpha: float | None,
+    name: str = "lora",
+) -> None:
+    """Gives `proc` a low-rank update for each projection of `widths` (input and output width)."""
+    for projection, (wide, out) in widths.items():
+        setattr(proc, f"{projection}_{name}", LoRALinear(wide, out, rank, network_alpha))
+
+
+@dataclass(frozen=True)
+class CustomDiffusion:
+    """Replaces the projections for which the processor holds ``{projection}_custom_diffusion``.
+
+    Source: https://arxiv.org/abs/2212.04488
+    """
+
+    def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
+        stem, _, index = name.partition(".")
+        layer = getattr(at.proc, f"{stem}_custom_diffusion", None)
+        if layer is None:
+            return y
+        if index:
+            return layer[int(index)](x)
+        return layer(x.to(layer.weight.dtype)).to(at.attn.to_q.weight.dtype)
+
+
+def mount_custom_diffusion(
+    proc: Processor,
+    hidden_size: int | None,
+    cross_attention_dim: int | None,
+    out_bias: bool,
+    dropout: float,
+) -> None:
+    """Gives `proc` the projections that its `train_kv` and `train_q_out` name."""
+    proc.hidden_size, proc.cross_attention_dim = hidden_size, cross_attention_dim
+    if (proc.train_kv or proc.train_q_out) and hidden_size is None:
+        raise ValueError(
+            "hidden_size is None: it is needed with train_kv or train_q_out; "
+            "give the width of the attention layer"
+        )
+    if proc.train_kv:
+        width = cross_attention_dim or hidden_size
+        proc.to_k_custom_diffusion = nn.Linear(width, hidden_size, bias=False)
+        proc.to_v_custom_diffusion = nn.Linear(width, hidden_size, bias=False)
+    if proc.train_q_out:
+        proc.to_q_custom_diffusion = nn.Linear(hidden_size, hidden_size, bias=False)
+        out = nn.Linear(hidden_size, hidden_size, bias=out_bias)
+        proc.to_out_custom_diffusion = nn.ModuleList([out, nn.Dropout(dropout)])

@@ -1,0 +1,53 @@
+"""Norms of queries and keys, as the module holds them.
+
+Whether a norm spans one head or all of them is read off the norm itself.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .types import QKV, Site, Streams
+
+__all__ = ["each_its_own", "one_for_both", "unnormed"]
+
+
+def each_its_own(at: Site, streams: Streams) -> Streams:
+    """`norm_q`, `norm_k` for the image; `norm_added_q`, `norm_added_k` for the text."""
+    image = _normed(at.attn, "norm_q", "norm_k", streams.image)
+    if streams.text is None:
+        return Streams(image)
+    return Streams(image, _normed(at.attn, "norm_added_q", "norm_added_k", streams.text))
+
+
+def one_for_both(at: Site, streams: Streams) -> Streams:
+    """`norm_q`, `norm_k` for image and text."""
+    image, text = (s and _normed(at.attn, "norm_q", "norm_k", s) for s in streams)
+    return Streams(image, text)
+
+
+def unnormed(at: Site, streams: Streams) -> Streams:
+    """No norm."""
+    return streams
+
+
+def _normed(attn: nn.Module, norm_q: str, norm_k: str, stream: QKV) -> QKV:
+    q = _apply(getattr(attn, norm_q, None), stream.q)
+    k = _apply(getattr(attn, norm_k, None), stream.k)
+    return QKV(q, k, stream.v)
+
+
+def _apply(norm: nn.Module | None, x: Tensor | None) -> Tensor | None:
+    """The norm of ``[B, S, H, D]``, over ``D`` or over ``H*D``."""
+    if norm is None or x is None:
+        return x
+    heads, dim = x.shape[2:]
+    if heads > 1 and _width(norm) == heads * dim:
+        return norm(x.flatten(2)).unflatten(2, (heads, dim))
+    return norm(x)
+
+
+def _width(norm: nn.Module) -> int | None:
+    """Channels that the norm spans; None for one that takes any number."""
+    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+    return shape[0] if isinstance(shape, tuple) else None

@@ -1,0 +1,194 @@
+"""Joint attention of text and image by projections of their own: SD3, AuraFlow, Mochi, Flux."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..calls import (
+    AddedCall,
+    AuraFlowCall,
+    FluxCall,
+    FluxPromptCall,
+    JointPromptCall,
+    MochiCall,
+    PlainCall,
+)
+from ..frame import BARE, GRID
+from ..kernels import XFORMERS, XLA
+from ..kernels.around import Perturbed
+from ..layouts import joint, joint_packed
+from ..masks import valid_text
+from ..outputs import prompt_apart, to_both
+from ..processor import KernelSetting
+from ..prompts import Scale, decoupled, joint_decoupled, mount_joint_prompt, mount_prompts
+from ..rotary import Rotary, pairs, per_head
+from .unet import PLAIN, XFormersAttnProcessor
+
+__all__ = [
+    "AuraFlowAttnProcessor2_0",
+    "FluxAttnProcessor2_0",
+    "FluxIPAdapterJointAttnProcessor2_0",
+    "FluxSingleAttnProcessor2_0",
+    "FusedAuraFlowAttnProcessor2_0",
+    "FusedFluxAttnProcessor2_0",
+    "FusedJointAttnProcessor2_0",
+    "JointAttnProcessor2_0",
+    "MochiAttnProcessor2_0",
+    "PAGCFGJointAttnProcessor2_0",
+    "PAGJointAttnProcessor2_0",
+    "SD3IPAdapterJointAttnProcessor2_0",
+    "XFormersJointAttnProcessor",
+    "XLAFluxFlashAttnProcessor2_0",
+]
+
+JOINT = PLAIN.but(frame=BARE, project=joint, output=to_both)
+AURA = JOINT.but(text_first=True)
+FLUX = JOINT.but(
+    project=joint_packed,
+    rotary=Rotary(pairs, over="joint", keys="always"),
+    text_first=True,
+    output=prompt_apart,
+)
+
+
+class JointAttnProcessor2_0(AddedCall):
+    """Joint attention, image before text (Stable Diffusion 3)."""
+
+    recipe = JOINT
+
+
+class FusedJointAttnProcessor2_0(AddedCall):
+    """Joint attention with one product a stream once the module is fused."""
+
+    recipe = JOINT.but(frame=GRID, project=joint_packed)
+
+
+class XFormersJointAttnProcessor(AddedCall):
+    """Joint attention by xformers.
+
+    Args:
+        attention_op: An operator of `xformers.ops`; None leaves the choice to xformers.
+    """
+
+    recipe = JOINT.but(kernel=XFORMERS)
+    attention_op = KernelSetting()
+    __init__ = XFormersAttnProcessor.__init__
+
+
+class PAGJointAttnProcessor2_0(PlainCall):
+    """Joint attention, perturbed in the second half of the batch."""
+
+    recipe = JOINT.but(frame=GRID, around=(Perturbed(2),))
+
+
+class PAGCFGJointAttnProcessor2_0(AddedCall):
+    """Joint attention, perturbed in the last third of the batch."""
+
+    recipe = JOINT.but(frame=GRID, around=(Perturbed(3),))
+
+
+class SD3IPAdapterJointAttnProcessor2_0(JointPromptCall):
+    """Joint attention plus attention to an image prompt under norms of its own.
+
+    Args:
+        hidden_size: Width of the attention layer.
+        ip_hidden_states_dim: Width of the prompt's states.
+        head_dim: Channels a head.
+        timesteps_emb_dim: Width of `temb`.
+        scale: Weight of the prompt; callers may write it at any time.
+    """
+
+    recipe = JOINT.but(prompts=(joint_decoupled,))
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ip_hidden_states_dim: int,
+        head_dim: int,
+        timesteps_emb_dim: int = 1280,
+        scale: float = 0.5,
+    ) -> None:
+        super().__init__()
+        mount_joint_prompt(
+            self, hidden_size, ip_hidden_states_dim, head_dim, timesteps_emb_dim, scale
+        )
+
+
+class AuraFlowAttnProcessor2_0(AuraFlowCall):
+    """Joint attention, text before image (AuraFlow)."""
+
+    recipe = AURA
+
+
+class FusedAuraFlowAttnProcessor2_0(AuraFlowCall):
+    """AuraFlow attention with one product a stream once the module is fused."""
+
+    recipe = AURA.but(project=joint_packed)
+
+
+class MochiAttnProcessor2_0(MochiCall):
+    """Mochi joint attention; padding of the prompt neither attends nor is attended to."""
+
+    recipe = JOINT.but(rotary=Rotary(per_head, keys="always"), mask=valid_text)
+
+
+class FluxAttnProcessor2_0(FluxCall):
+    """Flux attention: joint with a text; without one the result stays unprojected."""
+
+    recipe = FLUX
+
+
+class FusedFluxAttnProcessor2_0(FluxAttnProcessor2_0):
+    """Flux attention; q, k, v come from one product a stream once the module is fused."""
+
+
+class FluxSingleAttnProcessor2_0(FluxAttnProcessor2_0):
+    """Flux attention of the single-stream blocks."""
+
+
+class XLAFluxFlashAttnProcessor2_0(FluxCall):
+    """Flux attention by torch_xla's Pallas kernel for long sequences.
+
+    Args:
+        partition_spec: How tensors are partitioned under SPMD.
+    """
+
+    recipe = FLUX.but(kernel=XLA)
+    partition_spec = KernelSetting()
+
+    def __init__(self, partition_spec: tuple[str | None, ...] | None = None) -> None:
+        super().__init__()
+        self.partition_spec = partition_spec
+
+
+class FluxIPAdapterJointAttnProcessor2_0(FluxPromptCall):
+    """Flux attention and one attention an image prompt, returned as a third output.
+
+    Args:
+        hidden_size: Width of the attention layer.
+        cross_attention_dim: Width of the prompts' states.
+        num_tokens: Tokens of each prompt.
+        scale: Weight of each prompt; one number for all or a list.
+        device: Where the projections are made.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: `scale` is a list of another length than `num_tokens`.
+    """
+
+    recipe = FLUX.but(prompts=(decoupled,))
+
+    def __init__(
+        self,
+        hidden_size: int,
+        cross_attention_dim: int,
+        num_tokens: int | Sequence[int] = (4,),
+        scale: Scale = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"bias": True, "device": device, "dtype": dtype}
+        mount_prompts(self, hidden_size, cross_attention_dim, num_tokens, scale, **factory)

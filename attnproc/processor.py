@@ -1,0 +1,84 @@
+"""The processor: a recipe, the weights of its adapters, and what callers may set from outside."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .engine import attend
+from .types import Call, Recipe
+
+__all__ = ["KernelSetting", "Processor", "Setting"]
+
+
+class Processor(nn.Module):
+    """An attention processor: calls the line with its recipe.
+
+    Subclasses give a `recipe`, a `__call__` signature (`attnproc.calls`) and, where they hold
+    weights, a constructor. A processor is a module so that its weights move, train and save with
+    the model's.
+
+    Attributes:
+        recipe: The parts. Changed copies come from `but`.
+    """
+
+    recipe: ClassVar[Recipe]
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def run(self, attn: nn.Module, call: Call) -> Any:
+        """Runs the line for one call."""
+        return attend(self.recipe, self, attn, call)
+
+    def but(self, **changes: Any) -> Processor:
+        """A copy with some parts of the recipe changed; it shares this processor's weights."""
+        new = copy.copy(self)
+        for registry in ("_modules", "_parameters", "_buffers"):
+            new.__dict__[registry] = dict(self.__dict__[registry])
+        new.__dict__["recipe"] = self.recipe.but(**changes)
+        return new
+
+    def describe(self) -> str:
+        """One line a part, in the order of the line."""
+        from .describe import parts
+
+        width = max(len(name) for name, _ in parts(self.recipe))
+        return "\n".join(f"{name:<{width}}  {part}" for name, part in parts(self.recipe))
+
+
+class Setting:
+    """An attribute that callers write and that lives in the recipe, as an option of a part.
+
+    Args:
+        field: The field of the recipe, which holds a kernel or a tuple of parts.
+        make: Makes the part of the attribute's value.
+        option: The part's name for it.
+    """
+
+    def __init__(self, field: str, make: type, option: str) -> None:
+        self.field, self.make, self.option = field, make, option
+
+    def __get__(self, proc: Processor | None, owner: type | None = None) -> Any:
+        if proc is None:
+            return self
+        part = next(p for p in getattr(proc.recipe, self.field) if isinstance(p, self.make))
+        return getattr(part, self.option)
+
+    def __set__(self, proc: Processor, value: Any) -> None:
+        others = (p for p in getattr(proc.recipe, self.field) if not isinstance(p, self.make))
+        parts = (*others, self.make(value))
+        proc.__dict__["recipe"] = proc.recipe.but(**{self.field: parts})
+
+
+class KernelSetting:
+    """An attribute that callers write and that is the recipe's kernel's only option."""
+
+    def __get__(self, proc: Processor | None, owner: type | None = None) -> Any:
+        return self if proc is None else proc.recipe.kernel.options[0]
+
+    def __set__(self, proc: Processor, value: Any) -> None:
+        old = proc.recipe.kernel
+        proc.__dict__["recipe"] = proc.recipe.but(kernel=replace(old, options=(value,)))

@@ -1,0 +1,104 @@
+"""Rotary position embeddings.
+
+Source: https://arxiv.org/abs/2104.09864. The forms differ in which channels make a pair and in how
+the angles come; each takes ``[B, S, H, D]`` and computes in float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .types import QKV, Site
+
+__all__ = ["Rotary", "axes", "complex_pairs", "halves", "pairs", "per_head"]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Where a form of rotary embedding acts.
+
+    Args:
+        form: One of the functions of this module.
+        over: "image" rotates the image stream before the join, "joint" the joint sequence.
+        keys: "always", "self" (not where the module is cross attention), "own" (by their own
+            table `key_rope`).
+        queries: "always" or "self".
+    """
+
+    form: Callable[[Tensor, Any], Tensor]
+    over: Literal["image", "joint"] = "image"
+    keys: Literal["always", "self", "own"] = "self"
+    queries: Literal["always", "self"] = "always"
+
+    def __call__(self, at: Site, stream: QKV) -> QKV:
+        """The stream ``[B, S, H, D]`` with queries and keys rotated."""
+        cross = getattr(at.attn, "is_cross_attention", False)
+        rope = at.call.rope
+        key_rope = at.call.key_rope if self.keys == "own" else rope
+        q, k = stream.q, stream.k
+        if rope is not None and not (cross and self.queries == "self"):
+            q = self.form(q, rope)
+        if key_rope is not None and not (cross and self.keys == "self"):
+            k = self.form(k, key_rope)
+        return QKV(q, k, stream.v)
+
+
+def pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Neighbouring channels; `table` is cos and sin ``[S, D]`` (CogVideoX, Flux, Hunyuan-DiT)."""
+    wide = _wide(x)
+    real, imag = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    return _turn(x, wide, torch.stack((-imag, real), dim=-1).flatten(-2), table)
+
+
+def halves(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Channel i with i + R/2, in the first R; cos and sin are ``[S, R]`` (Stable Audio)."""
+    turned = table[0].shape[-1]
+    head, rest = x[..., :turned], x[..., turned:]
+    wide = _wide(head)
+    real, imag = wide.chunk(2, dim=-1)
+    head = _turn(x, wide, torch.cat((-imag, real), dim=-1), table)
+    return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
+
+
+def per_head(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Neighbouring channels, other angles a head: cos and sin are ``[S, H, D/2]`` (Mochi)."""
+    cos, sin = table
+    real, imag = _wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def complex_pairs(x: Tensor, table: Tensor) -> Tensor:
+    """Neighbouring channels; `table` is complex ``[B|1, S, D/2]`` (Lumina)."""
+    cos, sin = (part.unsqueeze(2) for part in torch.view_as_real(table).unbind(-1))
+    return per_head(x, (cos, sin))
+
+
+def axes(x: Tensor, table: tuple[Any, Any]) -> Tensor:
+    """Three thirds of the channels, each by halves along its axis (Allegro).
+
+    `table` is ((cos, sin) of time, height, width, each ``[positions, D/3]``) and the three position
+    indices ``[B|1, S]``.
+    """
+    tables, positions = table
+    thirds = x.chunk(3, dim=-1)
+    turned = [
+        halves(third, (cos[position], sin[position]))
+        for third, (cos, sin), position in zip(thirds, tables, positions, strict=True)
+    ]
+    return torch.cat(turned, dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _turn(x: Tensor, wide: Tensor, quarter: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """`wide` turned by the table's angles, given what a quarter turn makes of it."""
+    cos, sin = (part.to(x.device).unsqueeze(-2) for part in table)
+    return (wide * cos + quarter * sin).to(x.dtype)

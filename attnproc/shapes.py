@@ -1,0 +1,54 @@
+"""Changes of shape: heads, grids, joint sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .types import QKV, Streams
+
+__all__ = ["from_grid", "head_dim", "join", "merge_heads", "split_heads", "split_stream", "to_grid"]
+
+
+def head_dim(attn: torch.nn.Module, width: int) -> int:
+    """Channels a head, from the module or from the width of its queries."""
+    return getattr(attn, "head_dim", None) or width // attn.heads
+
+
+def split_heads(x: Tensor | None, dim: int) -> Tensor | None:
+    """``[B, S, H*D]`` to ``[B, S, H, D]``; what is split already stays."""
+    return x if x is None or x.ndim == 4 else x.unflatten(-1, (-1, dim))
+
+
+def split_stream(stream: QKV, dim: int) -> QKV:
+    """`split_heads` of all three; keys and values may have fewer heads than queries."""
+    return QKV(split_heads(stream.q, dim), split_heads(stream.k, dim), split_heads(stream.v, dim))
+
+
+def merge_heads(o: Tensor) -> Tensor:
+    """``[B, H, S, D]`` to ``[B, S, H*D]``."""
+    return o.transpose(1, 2).flatten(2)
+
+
+def join(streams: Streams, text_first: bool) -> QKV:
+    """One sequence of both streams, along the token axis of ``[B, S, H, D]``."""
+    if streams.text is None:
+        return streams.image
+    first, last = (streams.text, streams.image) if text_first else streams
+    return QKV(*(_cat(a, b) for a, b in zip(first, last, strict=True)))
+
+
+def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return torch.cat((a, b), dim=1)
+
+
+def from_grid(x: Tensor) -> Tensor:
+    """``[B, C, height, width]`` to ``[B, height*width, C]``; also ``[B, C, S]`` to ``[B, S, C]``."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_grid(x: Tensor, like: Tensor) -> Tensor:
+    """``[B, S, C]`` back to the spatial shape of `like`, ``[B, C', ...]``."""
+    return x.transpose(1, 2).reshape(x.shape[0], -1, *like.shape[2:])

@@ -1,0 +1,189 @@
+"""What flows through the line: tensors in named tuples, parts as plain callables, and the recipe.
+
+Letters: ``B`` batch, ``S`` tokens of a stream, ``H`` heads, ``D`` channels a head, ``Q``/``K``
+queries/keys of the joint sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .kernels import Kernel
+    from .processor import Processor
+    from .rotary import Rotary
+
+__all__ = [
+    "QKV",
+    "Arranged",
+    "Bias",
+    "Call",
+    "Keys",
+    "Mask",
+    "Recipe",
+    "Scoring",
+    "Site",
+    "Streams",
+]
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of one stream: ``[B, S, H*D]``, after the head split ``[B, S, H, D]``.
+
+    A stream may lack queries (added keys and values) or keys and values (only cross attention).
+    """
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+
+
+class Streams(NamedTuple):
+    """The image (or only) stream and, in joint attention, the text stream."""
+
+    image: QKV
+    text: QKV | None = None
+
+
+class Call(NamedTuple):
+    """The arguments of one processor call, under one name each whatever the caller calls them."""
+
+    x: Tensor
+    """``[B, S, C]`` or a grid ``[B, C, height, width]``."""
+    context: Tensor | None = None
+    """``[B, T, C']``; a grid is taken where the family takes one."""
+    mask: Tensor | None = None
+    temb: Tensor | None = None
+    rope: Any = None
+    key_rope: Any = None
+    base_length: int | None = None
+    ip_states: Sequence[Tensor] | Tensor | None = None
+    ip_masks: Sequence[Tensor | None] | Tensor | None = None
+    lora_scale: float | Tensor = 1.0
+
+
+class Site(NamedTuple):
+    """Where a part stands: it looks up weights on `proc`, settings on `attn`, inputs in `call`."""
+
+    recipe: Recipe
+    proc: Processor
+    attn: nn.Module
+    call: Call
+
+
+class Arranged(NamedTuple):
+    """What the prologue hands to the kernel, and what image prompts need of it."""
+
+    q: Tensor
+    """``[B, H, Q, D]``."""
+    k: Tensor
+    """``[B, H', K, D]`` with ``H'`` dividing ``H``; so is `v`."""
+    v: Tensor
+    raw: QKV
+    """The image stream ``[B, S, H, D]`` before norms and rotary embedding."""
+    query: Tensor
+    """The image queries ``[B, S, H, D]`` after their norm, before rotary embedding."""
+    text_keys: int
+    """How many of the keys are text that was joined to the image."""
+
+
+class Keys(NamedTuple):
+    """A mask over keys: ``valid`` is bool ``[B, K]``, true where a key may be attended to."""
+
+    valid: Tensor
+
+
+class Bias(NamedTuple):
+    """A mask ``[B|1, H|1, Q|1, K]``: bool means "attend", float is added to the scores."""
+
+    values: Tensor
+
+
+Mask = Keys | Bias
+
+
+class Scoring(NamedTuple):
+    """How a kernel turns queries and keys into weights."""
+
+    mask: Mask | None = None
+    causal: bool = False
+    scale: float | Tensor | None = None
+    """Factor of the scores; None is ``D ** -0.5``."""
+    upcast_qk: bool = False
+    """Compute the scores in float32 (honoured by kernels that round them to the input dtype)."""
+    upcast_softmax: bool = False
+    image: tuple[int, int] | None = None
+    """Where the image tokens stand in a joint sequence: start and stop."""
+    keep: Tensor | None = None
+    """bool ``[B, Q]``: outputs of other queries are set to zero."""
+    eps: float = 1e-15
+    """Added to the normaliser by linear attention."""
+
+
+class FrameStep(Protocol):
+    """One layer around the line: `enter` on the way in, `leave` on the way out."""
+
+    def enter(
+        self, at: Site, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def leave(
+        self, at: Site, image: Tensor, text: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+LinearPart = Callable[[Site, str, Tensor, "Tensor | None"], "Tensor | None"]
+ProjectPart = Callable[[Site, Tensor, "Tensor | None"], Streams]
+NormPart = Callable[[Site, Streams], Streams]
+EditPart = Callable[[Site, Tensor, Tensor], tuple[Tensor, Tensor]]
+MaskPart = Callable[[Site, Arranged, Scoring], Scoring]
+ScalePart = Callable[[Site], "float | Tensor | None"]
+KernelCall = Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]
+AroundPart = Callable[[KernelCall, Tensor, Tensor, Tensor, Scoring], Tensor]
+PromptPart = Callable[[Site, Arranged, KernelCall], "Tensor | None"]
+OutputPart = Callable[[Site, Tensor, "Tensor | None", "Tensor | None"], tuple["Tensor | None", ...]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The parts of one kind of attention, in the order of the line.
+
+    Every part is a module-level function or a frozen dataclass, so a recipe pickles, compares and
+    prints. `but` makes a changed copy; nothing changes a recipe in place.
+    """
+
+    frame: tuple[FrameStep, ...]
+    """Layers around the whole: grids, norms of the input, residual. The first is the outermost."""
+    linears: tuple[LinearPart, ...]
+    """What a projection computes: the first that answers replaces, later ones add."""
+    project: ProjectPart
+    """Which projections make the streams."""
+    norm: NormPart
+    """Norms of queries and keys."""
+    rotary: Rotary | None
+    """Position embedding of queries and keys."""
+    text_first: bool
+    """Whether the text stands before the image in a joint sequence."""
+    edits: tuple[EditPart, ...]
+    """Changes to keys and values, in order."""
+    mask: MaskPart
+    """The call's mask as a mask kind."""
+    scale: ScalePart
+    """The factor of the scores."""
+    kernel: Kernel
+    """What computes attention; `Processor._attention_backend` overrides it by name."""
+    around: tuple[AroundPart, ...]
+    """Wrappers of the kernel call; the first is the outermost."""
+    prompts: tuple[PromptPart, ...]
+    """Image prompts; their sum is added to the image stream."""
+    output: OutputPart
+    """Projections of the result."""
+
+    def but(self, **changes: Any) -> Recipe:
+        """A copy with some parts changed."""
+        return dataclasses.replace(self, **changes)
