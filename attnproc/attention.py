@@ -658,6 +658,19 @@ class SanaMultiscaleLinearAttention(_Processed):
         self.norm_out = normalization(norm_type, out_channels)
         self.processor = preset("SanaMultiscaleAttnProcessor2_0")()
 
+    # The next two are here for diffusers' processor, which has its formulas on the module.
+    def apply_linear_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Linear attention of non-negative queries and keys, all [B, H, D, N]; in fp32."""
+        counted = F.pad(value, (0, 0, 0, 1), value=1.0)
+        sums = (counted @ key.mT @ query).float()
+        return sums[:, :, :-1] / (sums[:, :, -1:] + self.eps)
+
+    def apply_quadratic_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same through its [N, N] weights, for grids of few tokens."""
+        weights = (key.mT @ query).float()
+        weights = weights / (weights.sum(dim=2, keepdim=True) + self.eps)
+        return value @ weights.to(value.dtype)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Runs the processor on `hidden_states`, [B, C, H, W]."""
         return self.processor(self, hidden_states)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["preset", "switched"]
+__all__ = ["FAMILIES", "preset", "switched"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ _PLAIN = Family(
     others=("AttnProcessor",),
 )
 # A more particular family comes before the one whose classes it may inherit from.
-_FAMILIES = (
+FAMILIES = (
     Family(
         {
             "sdpa": "CustomDiffusionAttnProcessor2_0",
@@ -97,7 +97,7 @@ def switched(processor: object, backend: str, **options: object) -> Callable[...
         ValueError: `processor` can't run on that backend.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    family = next((family for family in _FAMILIES if family.holds(processor)), None)
+    family = next((family for family in FAMILIES if family.holds(processor)), None)
     if family is not None and backend in family.presets:
         made = _carried(processor, family, family.presets[backend], given)
         if not _composed(processor, made):

@@ -231,6 +231,32 @@ def test_diffusers_processor_runs_on_ours(case: str) -> None:
     torch.testing.assert_close(ours(x, context, mask), other(x, context, mask))
 
 
+@needs_diffusers
+@pytest.mark.usefixtures("no_presets")
+@pytest.mark.parametrize("size", [(2, 3), (6, 7)])
+@pytest.mark.parametrize("case", ["plain", "rms", "heads"])  # their layer norm crashes
+def test_diffusers_sana_processor_runs_on_ours(case: str, size: tuple[int, int]) -> None:
+    arguments = {"in_channels": 16, "out_channels": 16, **SANA_ARGUMENTS[case]}
+    ours = SanaMultiscaleLinearAttention(**arguments).eval()
+    other = theirs.SanaMultiscaleLinearAttention(**arguments).eval()
+    other.load_state_dict(ours.state_dict())
+    ours.processor = other.processor
+    x = torch.randn(2, 16, *size)
+    torch.testing.assert_close(ours(x), other(x))
+
+
+@needs_diffusers
+@pytest.mark.parametrize("case", ["plain", "sized"])
+def test_diffusers_mochi_processor_runs_on_ours(case: str) -> None:
+    arguments = {"query_dim": 32, "added_kv_proj_dim": 12, **MOCHI_ARGUMENTS[case]}
+    processor = theirs.MochiAttnProcessor2_0()
+    ours = MochiAttention(processor=processor, **arguments)
+    other = theirs.MochiAttention(processor=processor, **arguments)
+    other.load_state_dict(ours.state_dict())
+    inputs = (torch.randn(2, 5, 32), torch.randn(2, 3, 12), torch.ones(2, 3))
+    torch.testing.assert_close(ours(*inputs), other(*inputs))
+
+
 def test_qk_norm_across_heads_needs_no_kv_heads() -> None:
     for kind in ("layer_norm_across_heads", "rms_norm_across_heads"):
         attn = make(qk_norm=kind)

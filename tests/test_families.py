@@ -2,83 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import importlib.machinery
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+import attnproc
 from attnproc import attention, families
 from attnproc.attention import Attention
+from attnproc.kernels import NPU, REFERENCE, SDPA, XFORMERS, XLA
+from attnproc.kernels.around import Perturbed, Sliced
 
 if TYPE_CHECKING:
-    from fakes import FakeTorchXLA
+    from fakes import FakeTorchNPU, FakeTorchXLA, FakeXFormers
 
 pytest_plugins = ("fakes",)
 
-
-@dataclass(frozen=True)
-class Sliced:
-    size: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    kernel: str | None = "sdpa"
-    around: tuple[Any, ...] = ()
-    linears: tuple[str, ...] = ()
-
-    def but(self, **changes: Any) -> Recipe:
-        return replace(self, **changes)
-
-
-class Plain:
-    """A processor without weights that remembers its constructor arguments."""
-
-    recipe = Recipe()
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self.args, self.options = args, options
-        if "slice_size" in options:
-            self.recipe = Recipe(around=(Sliced(options["slice_size"]),))
-
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, **_: Any) -> Tensor:
-        return hidden_states
-
-
-class ImagePrompt(nn.Module):
-    """A processor with weights and settings."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        cross_attention_dim: int | None = None,
-        num_tokens: tuple[int, ...] = (4,),
-        scale: float | list[float] = 1.0,
-        attention_op: Any = None,
-    ) -> None:
-        super().__init__()
-        self.hidden_size, self.cross_attention_dim = hidden_size, cross_attention_dim
-        self.num_tokens, self.scale = num_tokens, scale
-        self.attention_op = attention_op
-        self.to_k_ip = nn.ModuleList([nn.Linear(cross_attention_dim or hidden_size, hidden_size)])
+OPERATORS = ("forward", "backward")
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives every preset a stand-in of its name, so that only the choice is tested."""
-
-    def preset(name: str) -> type:
-        return type(name, (ImagePrompt if name.startswith("IPAdapter") else Plain,), {})
-
-    monkeypatch.setattr(families, "preset", preset)
-    monkeypatch.setattr(attention, "preset", preset)
-    monkeypatch.setattr(attention, "find_spec", lambda name: object())
+def all_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets switches find every package; what runs one takes its fake as well."""
+    spec = importlib.machinery.ModuleSpec("any", loader=None)
+    monkeypatch.setattr(attention, "find_spec", lambda name: spec)
 
 
 def module(name: str = "AttnProcessor2_0", *args: Any, **options: Any) -> Attention:
-    processor = families.preset(name)(*args, **options)
+    processor = getattr(attnproc, name)(*args, **options)
     return Attention(16, heads=4, dim_head=4, processor=processor)
 
 
@@ -86,44 +38,40 @@ def kind(attn: Attention) -> str:
     return type(attn.processor).__name__
 
 
+def test_every_preset_exists() -> None:
+    for family in families.FAMILIES:
+        for name in (*family.presets.values(), *family.others):
+            assert isinstance(families.preset(name), type)
+
+
 @pytest.mark.parametrize(
-    ("before", "sliced", "xformers"),
+    ("before", "sliced", "xformers", "after"),
     [
-        ("AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"),
-        ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor"),
+        ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor", "AttnProcessor2_0"),
+        ("AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor", "AttnProcessor2_0"),
         (
-            "AttnAddedKVProcessor2_0",
+            "AttnAddedKVProcessor",
             "SlicedAttnAddedKVProcessor",
             "XFormersAttnAddedKVProcessor",
+            "AttnAddedKVProcessor2_0",
         ),
-        ("JointAttnProcessor2_0", None, "XFormersJointAttnProcessor"),
-        ("FluxAttnProcessor2_0", None, None),
     ],
 )
-def test_switches_within_the_family(before: str, sliced: str | None, xformers: str | None) -> None:
+def test_switches_within_the_family(before: str, sliced: str, xformers: str, after: str) -> None:
     attn = module(before)
-    if sliced is None:
-        with pytest.raises(ValueError, match=f"{before} has no class for 'sliced'"):
-            attn.set_attention_slice(2)
-    else:
-        attn.set_attention_slice(2)
-        assert kind(attn) == sliced
-        assert attn.processor.options == {"slice_size": 2}
-        attn.set_attention_slice(None)
-        assert kind(attn) == before.removesuffix("2_0") + "2_0"
-
-    if xformers is None:
-        with pytest.raises(ValueError, match=f"{before} has no class for 'xformers'"):
-            attn.set_use_memory_efficient_attention_xformers(True)
-    else:
-        attn.set_use_memory_efficient_attention_xformers(True, attention_op=("fw", "bw"))
-        assert kind(attn) == xformers
-        assert attn.processor.options == {"attention_op": ("fw", "bw")}
-        attn.set_use_memory_efficient_attention_xformers(False)
-        assert kind(attn) == before.removesuffix("2_0") + "2_0"
+    attn.set_attention_slice(2)
+    assert kind(attn) == sliced
+    assert attn.processor.slice_size == 2
+    attn.set_attention_slice(None)
+    assert kind(attn) == after
+    attn.set_use_memory_efficient_attention_xformers(True, attention_op=OPERATORS)
+    assert kind(attn) == xformers
+    assert attn.processor.attention_op == OPERATORS
+    attn.set_use_memory_efficient_attention_xformers(False)
+    assert kind(attn) == after
 
 
-def test_npu_and_xla(fake_torch_xla: FakeTorchXLA) -> None:
+def test_npu_and_xla() -> None:
     attn = module()
     attn.set_use_npu_flash_attention(True)
     assert kind(attn) == "AttnProcessorNPU"
@@ -132,48 +80,113 @@ def test_npu_and_xla(fake_torch_xla: FakeTorchXLA) -> None:
     spec = ("data", None, None, None)
     attn.set_use_xla_flash_attention(True, spec)
     assert kind(attn) == "XLAFlashAttnProcessor2_0"
-    assert attn.processor.options == {"partition_spec": spec}
+    assert attn.processor.partition_spec == spec
     attn.set_use_xla_flash_attention(False)
     assert kind(attn) == "AttnProcessor2_0"
     attn.set_use_xla_flash_attention(True, spec, is_flux=True)
     assert kind(attn) == "XLAFluxFlashAttnProcessor2_0"
-    assert attn.processor.args == (spec,)
+    assert attn.processor.partition_spec == spec
     attn.set_use_xla_flash_attention(False)
     assert kind(attn) == "FluxAttnProcessor2_0"
 
 
 def test_weights_and_settings_move_along() -> None:
-    attn = module("IPAdapterAttnProcessor2_0", 16, 12, num_tokens=(4, 16), scale=[0.5])
+    attn = module("IPAdapterAttnProcessor2_0", 16, 12, num_tokens=(4, 16), scale=[0.5, 0.25])
     attn.processor.to(torch.bfloat16).eval().requires_grad_(False)
     weight = attn.processor.to_k_ip[0].weight
-    attn.set_use_memory_efficient_attention_xformers(True, ("fw", "bw"))
+    keys = list(attn.state_dict())
+    attn.set_use_memory_efficient_attention_xformers(True, OPERATORS)
     now = attn.processor
     assert kind(attn) == "IPAdapterXFormersAttnProcessor"
     assert now.to_k_ip[0].weight is weight
-    assert (now.num_tokens, now.scale, now.cross_attention_dim) == ((4, 16), [0.5], 12)
-    assert now.attention_op == ("fw", "bw")
+    assert list(now.num_tokens) == [4, 16]
+    assert list(now.scale) == [0.5, 0.25]
+    assert now.attention_op == OPERATORS
     assert not now.training
-    assert "processor.to_k_ip.0.weight" in attn.state_dict()
+    assert list(attn.state_dict()) == keys
+
+    attn.set_attention_slice(2)
+    assert attn.processor.to_k_ip[0].weight is weight
+    assert attn.processor.recipe.around == (Sliced(2),)
 
 
-def test_a_composed_processor_changes_itself() -> None:
+def test_custom_diffusion_keeps_its_weights() -> None:
+    attn = module("CustomDiffusionAttnProcessor", True, True, 16, 16)
+    weight = attn.processor.to_k_custom_diffusion.weight
+    attn.set_use_memory_efficient_attention_xformers(True)
+    assert kind(attn) == "CustomDiffusionXFormersAttnProcessor"
+    assert attn.processor.to_k_custom_diffusion.weight is weight
+    attn.set_use_memory_efficient_attention_xformers(False)
+    assert kind(attn) == "CustomDiffusionAttnProcessor2_0"
+    assert attn.processor.train_q_out
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["PAGIdentitySelfAttnProcessor2_0", "AuraFlowAttnProcessor2_0", "HunyuanAttnProcessor2_0"],
+)
+def test_other_families_change_their_parts(before: str) -> None:
+    attn = module(before)
+    around = attn.processor.recipe.around
+    attn.processor._attention_backend = "flash_sdpa"
+    attn.set_attention_slice(2)
+    assert attn.processor.recipe.around == (*around, Sliced(2))
+    assert attn.processor.recipe.kernel == SDPA
+    for switch, kernel in (
+        (attn.set_use_memory_efficient_attention_xformers, XFORMERS),
+        (attn.set_use_npu_flash_attention, NPU),
+        (attn.set_use_xla_flash_attention, XLA),
+    ):
+        switch(True)
+        assert kind(attn) == before
+        assert attn.processor.recipe.kernel == kernel
+        assert attn.processor.recipe.around == around
+        assert attn.processor._attention_backend is None
+        switch(False)
+        assert attn.processor.recipe.kernel == SDPA
+
+
+def test_a_composed_processor_keeps_its_parts() -> None:
     attn = module()
-    attn.processor.recipe = Recipe(linears=("lora",))
-    with pytest.raises(ValueError, match="no class for 'xformers'"):
+    attn.processor = attn.processor.but(around=(Perturbed(2),), kernel=REFERENCE)
+    attn.set_use_memory_efficient_attention_xformers(True, OPERATORS)
+    assert attn.processor.recipe.around == (Perturbed(2),)
+    assert attn.processor.recipe.kernel.options == (OPERATORS,)
+
+
+def test_linear_attention_stays_linear() -> None:
+    attn = module("SanaLinearAttnProcessor2_0")
+    with pytest.raises(ValueError, match="SanaLinearAttnProcessor2_0 can't run on 'xformers'"):
         attn.set_use_memory_efficient_attention_xformers(True)
 
-    changed = module().processor
-    attn.processor.with_backend = {"xformers": changed}.__getitem__
-    attn.set_use_memory_efficient_attention_xformers(True)
-    assert attn.processor is changed
 
-
-def test_an_option_is_not_dropped_in_silence() -> None:
+def test_a_foreign_processor_is_refused() -> None:
     attn = module()
-    attn.processor.recipe = Recipe(linears=("lora",))
-    attn.processor.with_backend = lambda name: attn.processor
-    with pytest.raises(ValueError, match="with \\['attention_op'\\]"):
-        attn.set_use_memory_efficient_attention_xformers(True, ("fw", "bw"))
+    attn.processor = lambda attn, hidden_states, **_: hidden_states
+    with pytest.raises(ValueError, match="function can't run on 'sliced'; possible for it are"):
+        attn.set_attention_slice(2)
+
+
+@pytest.mark.parametrize("before", ["AttnProcessor2_0", "PAGIdentitySelfAttnProcessor2_0"])
+def test_switched_computes_the_same(before: str, fake_xformers: FakeXFormers) -> None:
+    attn, x = module(before), torch.randn(4, 8, 16)
+    expected = attn(x)
+    attn.set_attention_slice(3)
+    torch.testing.assert_close(attn(x), expected)
+    attn.set_use_memory_efficient_attention_xformers(True)
+    torch.testing.assert_close(attn(x), expected)
+    assert fake_xformers.calls
+
+
+def test_switched_to_npu_and_xla_computes_the_same(
+    fake_torch_npu: FakeTorchNPU, fake_torch_xla: FakeTorchXLA
+) -> None:
+    attn, x = module(), torch.randn(2, 8, 16)
+    expected = attn(x)
+    attn.set_use_npu_flash_attention(True)
+    torch.testing.assert_close(attn(x), expected)
+    attn.set_use_xla_flash_attention(True)
+    torch.testing.assert_close(attn(x), expected)
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,9 @@ from ..kernels.around import Perturbed
 from ..layouts import joint, joint_packed
 from ..masks import valid_text
 from ..outputs import prompt_apart, to_both
-from ..processor import KernelSetting
 from ..prompts import Scale, decoupled, joint_decoupled, mount_joint_prompt, mount_prompts
 from ..rotary import Rotary, pairs, per_head
-from .unet import PLAIN, XFormersAttnProcessor
+from .unet import PLAIN, WithOperator, WithPartition
 
 __all__ = [
     "AuraFlowAttnProcessor2_0",
@@ -65,16 +64,10 @@ class FusedJointAttnProcessor2_0(AddedCall):
     recipe = JOINT.but(frame=GRID, project=joint_packed)
 
 
-class XFormersJointAttnProcessor(AddedCall):
-    """Joint attention by xformers.
-
-    Args:
-        attention_op: An operator of `xformers.ops`; None leaves the choice to xformers.
-    """
+class XFormersJointAttnProcessor(WithOperator, AddedCall):
+    """Joint attention by xformers."""
 
     recipe = JOINT.but(kernel=XFORMERS)
-    attention_op = KernelSetting()
-    __init__ = XFormersAttnProcessor.__init__
 
 
 class PAGJointAttnProcessor2_0(PlainCall):
@@ -148,19 +141,10 @@ class FluxSingleAttnProcessor2_0(FluxAttnProcessor2_0):
     """Flux attention of the single-stream blocks."""
 
 
-class XLAFluxFlashAttnProcessor2_0(FluxCall):
-    """Flux attention by torch_xla's Pallas kernel for long sequences.
-
-    Args:
-        partition_spec: How tensors are partitioned under SPMD.
-    """
+class XLAFluxFlashAttnProcessor2_0(WithPartition, FluxCall):
+    """Flux attention by torch_xla's Pallas kernel for long sequences."""
 
     recipe = FLUX.but(kernel=XLA)
-    partition_spec = KernelSetting()
-
-    def __init__(self, partition_spec: tuple[str | None, ...] | None = None) -> None:
-        super().__init__()
-        self.partition_spec = partition_spec
 
 
 class FluxIPAdapterJointAttnProcessor2_0(FluxPromptCall):

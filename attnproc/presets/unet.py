@@ -14,7 +14,7 @@ from ..linears import module_linear
 from ..masks import padded
 from ..norms import each_its_own
 from ..outputs import to_out
-from ..processor import KernelSetting, Setting
+from ..processor import KernelSetting, Processor, Setting
 from ..scales import module_scale
 from ..types import Recipe
 
@@ -53,6 +53,48 @@ PLAIN = Recipe(
 ADDED_KV = PLAIN.but(frame=ADDED, project=added_kv, text_first=True)
 
 
+class WithOperator(Processor):
+    """Holds a setting of xformers.
+
+    Args:
+        attention_op: An operator of `xformers.ops`; None leaves the choice to xformers.
+    """
+
+    attention_op = KernelSetting()
+
+    def __init__(self, attention_op: Any = None) -> None:
+        super().__init__()
+        self.attention_op = attention_op
+
+
+class WithPartition(Processor):
+    """Holds a setting of torch_xla.
+
+    Args:
+        partition_spec: How tensors are partitioned under SPMD.
+    """
+
+    partition_spec = KernelSetting()
+
+    def __init__(self, partition_spec: tuple[str | None, ...] | None = None) -> None:
+        super().__init__()
+        self.partition_spec = partition_spec
+
+
+class WithSlices(Processor):
+    """Holds a setting of sliced attention.
+
+    Args:
+        slice_size: How many heads are computed at a time, counted over batch and heads.
+    """
+
+    slice_size = Setting("around", Sliced, "size")
+
+    def __init__(self, slice_size: int) -> None:
+        super().__init__()
+        self.slice_size = slice_size
+
+
 class AttnProcessor(UNetCall):
     """Attention through the score matrix, in plain tensor operations."""
 
@@ -71,19 +113,10 @@ class FusedAttnProcessor2_0(UNetCall):
     recipe = PLAIN.but(project=packed)
 
 
-class XFormersAttnProcessor(UNetCall):
-    """Attention by xformers.
-
-    Args:
-        attention_op: An operator of `xformers.ops`; None leaves the choice to xformers.
-    """
+class XFormersAttnProcessor(WithOperator, UNetCall):
+    """Attention by xformers."""
 
     recipe = PLAIN.but(kernel=XFORMERS)
-    attention_op = KernelSetting()
-
-    def __init__(self, attention_op: Any = None) -> None:
-        super().__init__()
-        self.attention_op = attention_op
 
 
 class AttnProcessorNPU(UNetCall):
@@ -92,34 +125,16 @@ class AttnProcessorNPU(UNetCall):
     recipe = PLAIN.but(kernel=NPU)
 
 
-class XLAFlashAttnProcessor2_0(UNetCall):
-    """Attention by torch_xla's Pallas kernel for long sequences.
-
-    Args:
-        partition_spec: How tensors are partitioned under SPMD.
-    """
+class XLAFlashAttnProcessor2_0(WithPartition, UNetCall):
+    """Attention by torch_xla's Pallas kernel for long sequences."""
 
     recipe = PLAIN.but(kernel=XLA)
-    partition_spec = KernelSetting()
-
-    def __init__(self, partition_spec: tuple[str | None, ...] | None = None) -> None:
-        super().__init__()
-        self.partition_spec = partition_spec
 
 
-class SlicedAttnProcessor(PlainCall):
-    """Attention a few heads at a time, to save memory.
-
-    Args:
-        slice_size: How many heads, counted over the batch.
-    """
+class SlicedAttnProcessor(WithSlices, PlainCall):
+    """Attention a few heads at a time, to save memory."""
 
     recipe = PLAIN.but(kernel=REFERENCE, around=(Sliced(1),))
-    slice_size = Setting("around", Sliced, "size")
-
-    def __init__(self, slice_size: int) -> None:
-        super().__init__()
-        self.slice_size = slice_size
 
 
 class CrossFrameAttnProcessor(PlainCall):
@@ -161,28 +176,13 @@ class AttnAddedKVProcessor2_0(AddedCall):
     recipe = ADDED_KV
 
 
-class XFormersAttnAddedKVProcessor(PlainCall):
-    """Attention of a grid to a text and itself, by xformers.
-
-    Args:
-        attention_op: An operator of `xformers.ops`; None leaves the choice to xformers.
-    """
+class XFormersAttnAddedKVProcessor(WithOperator, PlainCall):
+    """Attention of a grid to a text and itself, by xformers."""
 
     recipe = ADDED_KV.but(kernel=XFORMERS)
-    attention_op = KernelSetting()
-    __init__ = XFormersAttnProcessor.__init__
 
 
-class SlicedAttnAddedKVProcessor(TembCall):
-    """Attention of a grid to a text and itself, a few heads at a time.
-
-    Args:
-        slice_size: How many heads, counted over the batch.
-    """
+class SlicedAttnAddedKVProcessor(WithSlices, TembCall):
+    """Attention of a grid to a text and itself, a few heads at a time."""
 
     recipe = ADDED_KV.but(kernel=REFERENCE, around=(Sliced(1),))
-    slice_size = Setting("around", Sliced, "size")
-
-    def __init__(self, slice_size: int) -> None:
-        super().__init__()
-        self.slice_size = slice_size
