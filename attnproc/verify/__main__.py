@@ -1,0 +1,5 @@
+"""`python -m attnproc.verify`."""
+
+from attnproc.verify.run import app
+
+app()

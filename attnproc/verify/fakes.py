@@ -1,0 +1,149 @@
+"""Stand-ins for packages that are not here: their attention calls, in plain torch.
+
+`installed()` puts them where both sides import from, so that classes for xFormers, NPU and XLA
+run anywhere; a package that is there is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["installed"]
+
+
+def memory_efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: Any = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """xformers.ops: [B*H, S, D], or [B, S, H, D] with a bias [B, H, Q, K]."""
+    if query.ndim == 3:
+        return _softmax(query, key, value, attn_bias, scale)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return _softmax(q, k, v, attn_bias, scale).transpose(1, 2)
+
+
+def npu_fusion_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_num: int,
+    input_layout: str,
+    *,
+    pse: Tensor | None = None,
+    atten_mask: Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    **tuning: Any,
+) -> tuple[Tensor, ...]:
+    """torch_npu: BNSD; True in the mask hides a key."""
+    assert input_layout == "BNSD" and query.shape[1] == head_num and keep_prob == 1.0
+    bias = None if atten_mask is None else torch.zeros_like(atten_mask, dtype=query.dtype)
+    if bias is not None and atten_mask is not None:
+        bias = bias.masked_fill(atten_mask.bool(), -math.inf)
+    return (_softmax(query, key, value, bias, scale),)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    q_segment_ids: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
+    sm_scale: float = 1.0,
+    *,
+    ab: Tensor | None = None,
+    partition_spec: Any = None,
+    mesh: Any = None,
+) -> Tensor:
+    """torch_xla's Pallas kernel: BHSD, scores unscaled by default, `ab` added."""
+    if causal:
+        ab = torch.full(q.shape[-2:-1] + k.shape[-2:-1], -math.inf).triu(1)
+    return _softmax(q, k, v, ab, sm_scale)
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) -> Tensor:
+    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    return scores.float().softmax(-1).to(v.dtype) @ v if q.dtype.itemsize < 4 else scores.softmax(-1) @ v
+
+
+def _package(name: str, **content: Any) -> ModuleType:
+    module = ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.__path__ = []
+    module.__version__ = "0.0.fake"  # pyright: ignore[reportAttributeAccessIssue]
+    module.__dict__.update(content)
+    return module
+
+
+def _fakes() -> dict[str, ModuleType]:
+    ops = _package("xformers.ops", memory_efficient_attention=memory_efficient_attention)
+    pallas = _package("torch_xla.experimental.custom_kernel", flash_attention=flash_attention)
+    experimental = _package("torch_xla.experimental", custom_kernel=pallas)
+    runtime = _package("torch_xla.runtime", is_spmd=lambda: False)
+    return {
+        "xformers": _package("xformers", ops=ops),
+        "xformers.ops": ops,
+        "torch_npu": _package("torch_npu", npu_fusion_attention=npu_fusion_attention),
+        "torch_xla": _package("torch_xla", experimental=experimental, runtime=runtime),
+        "torch_xla.experimental": experimental,
+        "torch_xla.experimental.custom_kernel": pallas,
+        "torch_xla.runtime": runtime,
+    }
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Within it the missing packages can be imported, and diffusers believes them there."""
+    with contextlib.ExitStack() as stack:
+        # diffusers looks for packages once, at its import: it must not see the stand-ins.
+        theirs = None
+        if importlib.util.find_spec("diffusers") is not None:
+            theirs = importlib.import_module("diffusers.models.attention_processor")
+        fakes = _fakes()
+        missing = {n for n in fakes if "." not in n and importlib.util.find_spec(n) is None}
+        for name, fake in fakes.items():
+            if name.partition(".")[0] in missing:
+                sys.modules[name] = fake
+                stack.callback(sys.modules.pop, name, None)
+        if theirs is not None:
+            _persuade(theirs, missing, stack)
+        yield
+
+
+def _persuade(theirs: ModuleType, missing: set[str], stack: contextlib.ExitStack) -> None:
+    changes: dict[str, Any] = {}
+    if "xformers" in missing:
+        changes["xformers"] = sys.modules["xformers"]
+    if "torch_npu" in missing:
+        changes["torch_npu"] = sys.modules["torch_npu"]
+        changes["is_torch_npu_available"] = lambda: True
+    if "torch_xla" in missing:
+        changes["flash_attention"] = flash_attention
+        changes["is_spmd"] = lambda: False
+        changes["is_torch_xla_version"] = lambda operation, version: operation.startswith(">")
+    for name, value in changes.items():
+        if hasattr(theirs, name):
+            stack.callback(setattr, theirs, name, getattr(theirs, name))
+        else:
+            stack.callback(delattr, theirs, name)
+        setattr(theirs, name, value)
