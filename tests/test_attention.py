@@ -524,3 +524,32 @@ def test_bad_arguments_of_the_others() -> None:
     for size in (0, 5, 1.5):
         with pytest.raises(ValueError, match=f"slice_size: got {size}"):
             make().set_attention_slice(size)
+
+
+def test_default_processors() -> None:
+    expected = {
+        Attention(16, heads=2, dim_head=8): "AttnProcessor2_0",
+        Attention(16, heads=2, dim_head=8, scale_qk=False): "AttnProcessor2_0",
+        MochiAttention(16, 8, None, heads=2, dim_head=8): "MochiAttnProcessor2_0",
+        SanaMultiscaleLinearAttention(16, 16): "SanaMultiscaleAttnProcessor2_0",
+    }
+    for attn, name in expected.items():
+        assert type(attn.processor).__name__ == name
+
+
+def test_layers_share_one_compilation() -> None:
+    layers = [make(processor=None, qk_norm="rms_norm", kv_heads=2) for _ in range(3)]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def call(layer: Attention, x: Tensor) -> Tensor:
+        return layer(x, temb=None, ip_adapter_masks=None)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    x = torch.randn(1, 4, 32)
+    for layer in layers:
+        torch.testing.assert_close(compiled(layer, x), layer(x))
+    assert len(graphs) == 1
