@@ -536,7 +536,7 @@ _HUNYUAN = (
     "! self rope no_scale",
 )
 _COGVIDEO = ("text", "text rope", "text no_qk", "cross rope", "text rope dropout", "! text no_scale")
-_SANA = ("self", "self bias", "self qkv_bias no_out_bias", "self dropout")
+_SANA = ("self", "! self keys", "! self bias", "self qkv_bias no_out_bias", "self dropout")
 
 def _with(prefix: str, lines: tuple[str, ...]) -> tuple[str, ...]:
     """`lines` with further options behind, `!` kept in front."""
@@ -817,15 +817,15 @@ _TABLE: dict[str, tuple[Family, tuple[str, ...]]] = {
     ),
     "SanaLinearAttnProcessor2_0": (
         SANA,
-        (*_SANA, "self qk_rms_heads", "self qk_heads", "cross", "cross bias qk_rms_heads"),
+        (*_SANA, "self qk_rms_heads", "self qk_heads", "cross", "! cross bias qk_rms_heads"),
     ),
     "PAGIdentitySanaLinearAttnProcessor2_0": (
         SANA,
-        ("pag2", "pag2 qkv_bias", "! pag2 qk_rms_heads"),
+        ("pag2", "pag2 qkv_bias", "! pag2 qk_rms_heads", "! pag2_bias"),
     ),
     "PAGCFGSanaLinearAttnProcessor2_0": (
         SANA,
-        ("pag3", "pag3 qkv_bias", "! pag3 qk_rms_heads"),
+        ("pag3", "pag3 qkv_bias", "! pag3 qk_rms_heads", "! pag3_bias"),
     ),
     "SanaMultiscaleAttnProcessor2_0": (
         MULTISCALE,

@@ -52,10 +52,11 @@ def npu_fusion_attention(
     keep_prob: float = 1.0,
     **tuning: Any,
 ) -> tuple[Tensor, ...]:
-    """torch_npu: BNSD; True in the mask hides a key."""
+    """torch_npu: BNSD; `pse` is added before the scale, True in the mask hides a key."""
     assert input_layout == "BNSD" and query.shape[1] == head_num and keep_prob == 1.0
-    bias = None if atten_mask is None else torch.zeros_like(atten_mask, dtype=query.dtype)
-    if bias is not None and atten_mask is not None:
+    bias = torch.zeros(1, 1, 1, 1) if pse is None else pse.float() * scale
+    if atten_mask is not None:
+        bias = bias.expand(*bias.shape[:2], *atten_mask.shape[-2:])
         bias = bias.masked_fill(atten_mask.bool(), -math.inf)
     return (_softmax(query, key, value, bias, scale),)
 
@@ -73,17 +74,19 @@ def flash_attention(
     partition_spec: Any = None,
     mesh: Any = None,
 ) -> Tensor:
-    """torch_xla's Pallas kernel: BHSD, scores unscaled by default, `ab` added."""
+    """torch_xla's Pallas kernel: BHSD, scores unscaled by default, `ab` added before the scale."""
+    bias = torch.zeros(1, 1, 1, 1) if ab is None else ab.float() * sm_scale
     if causal:
-        ab = torch.full(q.shape[-2:-1] + k.shape[-2:-1], -math.inf).triu(1)
-    return _softmax(q, k, v, ab, sm_scale)
+        bias = bias + torch.full((q.shape[-2], k.shape[-2]), -math.inf).triu(1)
+    return _softmax(q, k, v, bias, sm_scale)
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) -> Tensor:
-    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.mT).to(accumulate) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + bias
-    return scores.float().softmax(-1).to(v.dtype) @ v if q.dtype.itemsize < 4 else scores.softmax(-1) @ v
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 def _package(name: str, **content: Any) -> ModuleType:

@@ -364,8 +364,8 @@ def _sana(cls: str, attn: Any, processor: Any, inputs: Inputs) -> tuple[Tensor, 
     x = inputs["hidden_states"]
     context = inputs.get("encoder_hidden_states")
     q, k, v = _project(attn, x, x if context is None else context)
-    q, k = q.relu(), k.relu()
-    weights = q @ k.mT
+    bias = _bias(inputs.get("attention_mask"), q, k.shape[2])
+    weights = q.relu() @ k.relu().mT * torch.as_tensor(bias).exp()
     o = weights @ v / (weights.sum(dim=-1, keepdim=True) + 1e-15)
     if chunks := _chunks(cls):
         cut = len(x) // chunks * (chunks - 1)

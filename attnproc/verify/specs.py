@@ -167,7 +167,8 @@ def fill(case: Case, dtype: torch.dtype, rounded: torch.dtype) -> dict[str, Any]
     """
     made: dict[str, Any] = {}
     for name, spec in case.inputs.items():
-        made[name] = _cast(_make(case.id, name, spec, made), dtype, rounded)
+        fresh = _make(case.id, name, spec, made)
+        made[name] = fresh if isinstance(spec, Same) else _cast(fresh, dtype, rounded)
     return made
 
 
