@@ -43,8 +43,8 @@ def _parted(proc: Processor, context: Context, states: Any) -> tuple[T, Any]:
         return context, states
     if not proc.recipe.prompts:
         raise ValueError(
-            f"encoder_hidden_states is a tuple (text, image prompts), {type(proc).__name__} has no "
-            "image prompt: pass the text alone, or give this layer an image prompt"
+            f"encoder_hidden_states is a tuple (text, image prompts), {type(proc).__name__} has "
+            "no image prompt: pass the text alone, or give this layer an image prompt"
         )
     return context
 

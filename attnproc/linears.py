@@ -57,7 +57,11 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int = 4, network_alpha: float | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 4,
+        network_alpha: float | None = None,
     ) -> None:
         super().__init__()
         self.down = nn.Linear(in_features, rank, bias=False)

@@ -59,7 +59,9 @@ def factors(mask: Mask | None, dtype: torch.dtype) -> Tensor | None:
             f"attention_mask is {list(mask.values.shape)} with one row a query: linear attention "
             "takes a mask over keys, [B, K] or [B|1, H|1, 1, K]"
         )
-    return mask.values.to(dtype) if mask.values.dtype == torch.bool else mask.values.to(dtype).exp()
+    return (
+        mask.values.to(dtype) if mask.values.dtype == torch.bool else mask.values.to(dtype).exp()
+    )
 
 
 def _over_all_keys(mask: Tensor, arranged: Arranged, text_first: bool) -> Tensor:

@@ -34,7 +34,7 @@ def to_out_shared(at: Site, image: Tensor, text: Tensor | None, extra: Tensor | 
 
 
 def prompt_apart(at: Site, image: Tensor, text: Tensor | None, extra: Tensor | None) -> tuple:
-    """As `to_both`; without text the image stays unprojected, prompts are returned third (Flux)."""
+    """As `to_both`, prompts third; without text the image stays unprojected (Flux)."""
     if text is None:
         return image if extra is None else image + extra, None
     both = to_both(at, image, text, None)

@@ -17,7 +17,7 @@ __all__ = ["arrange"]
 def arrange(at: Site, streams: Streams) -> Arranged:
     """Makes the kernel's inputs ``[B, H, S, D]`` of the streams ``[B, S, H*D]``."""
     recipe, rotary = at.recipe, at.recipe.rotary
-    dim = head_dim(at.attn, streams.image.q.shape[-1])
+    dim = head_dim(at.attn, streams.image.q)
     image = split_stream(streams.image, dim)
     text = None if streams.text is None else split_stream(streams.text, dim)
     raw = image

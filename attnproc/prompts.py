@@ -89,9 +89,7 @@ def _images(
         return [(state.flatten(1, -2), scale)]
     count = mask.shape[1]
     scale = scale if isinstance(scale, list) else [scale] * count
-    return [
-        (state[:, i], scale[i] * region(mask[:, i], q.shape[2]).to(q)) for i in range(count)
-    ]
+    return [(state[:, i], scale[i] * region(mask[:, i], q.shape[2]).to(q)) for i in range(count)]
 
 
 def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
@@ -145,7 +143,7 @@ def _check_mask(index: int, state: Tensor, scale: Scale, mask: Tensor) -> None:
 
 
 def region(mask: Tensor, tokens: int) -> Tensor:
-    """A mask ``[B|1, height, width]`` as weights ``[B|1, tokens, 1]`` of the tokens of its picture.
+    """A mask ``[B|1, height, width]`` as weights ``[B|1, tokens, 1]`` of its picture's tokens.
 
     The token grid has the mask's aspect ratio as nearly as whole numbers allow; where it does not
     come out, missing tokens get 0 and tokens too many are dropped.

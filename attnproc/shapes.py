@@ -7,12 +7,22 @@ from torch import Tensor
 
 from .types import QKV, Streams
 
-__all__ = ["from_grid", "head_dim", "join", "merge_heads", "split_heads", "split_stream", "to_grid"]
+__all__ = [
+    "from_grid",
+    "head_dim",
+    "join",
+    "merge_heads",
+    "split_heads",
+    "split_stream",
+    "to_grid",
+]
 
 
-def head_dim(attn: torch.nn.Module, width: int) -> int:
-    """Channels a head, from the module or from the width of its queries."""
-    return getattr(attn, "head_dim", None) or width // attn.heads
+def head_dim(attn: torch.nn.Module, q: Tensor) -> int:
+    """Channels a head of queries ``[B, S, H*D]`` or, split already, ``[B, S, H, D]``."""
+    if q.ndim == 4:
+        return q.shape[-1]
+    return getattr(attn, "head_dim", None) or q.shape[-1] // attn.heads
 
 
 def split_heads(x: Tensor | None, dim: int) -> Tensor | None:

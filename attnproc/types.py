@@ -146,7 +146,9 @@ ScalePart = Callable[[Site], "float | Tensor | None"]
 KernelCall = Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]
 AroundPart = Callable[[KernelCall, Tensor, Tensor, Tensor, Scoring], Tensor]
 PromptPart = Callable[[Site, Arranged, KernelCall], "Tensor | None"]
-OutputPart = Callable[[Site, Tensor, "Tensor | None", "Tensor | None"], tuple["Tensor | None", ...]]
+OutputPart = Callable[
+    [Site, Tensor, "Tensor | None", "Tensor | None"], tuple["Tensor | None", ...]
+]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Scoring
@@ -30,10 +31,9 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, op: Any = None) 
     k, v = expand_heads(k, q), expand_heads(v, q)
     bias = _additive(dense_mask(scoring, q, k), q)
     if bias is not None:
-        # xformers broadcasts nothing, and wants rows that start at multiples of 8.
-        batch, heads, queries, keys = *q.shape[:3], k.shape[2]
-        room = bias.new_zeros(batch, heads, queries, keys + -keys % 8)
-        bias = room[..., :keys].copy_(bias.expand(batch, heads, queries, keys))
+        # xformers broadcasts nothing, and wants rows that start at multiples of 16 bytes.
+        bias = F.pad(bias, (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]
+        bias = bias.expand(*q.shape[:3], -1)
     tokens_first = (t.transpose(1, 2) for t in (q, k, v))
     o = ops.memory_efficient_attention(*tokens_first, attn_bias=bias, op=op, scale=scoring.scale)
     return o.transpose(1, 2)
@@ -44,14 +44,18 @@ def npu(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     package = _package("torch_npu", "pip install torch_npu")
     if q.dtype not in (torch.float16, torch.bfloat16):
         return sdpa(q, k, v, scoring)
+    scale = _scale(q, scoring)
     mask = dense_mask(scoring, q, k)
     bias, blocked = None, None
-    if mask is not None:
-        mask = mask.expand(q.shape[0], -1, q.shape[2], -1)
-        bias, blocked = (None, ~mask) if mask.dtype == torch.bool else (mask, mask == -torch.inf)
-        bias = None if bias is None else bias.masked_fill(blocked, 0).to(q.dtype)
-        bias = None if bias is None else bias.expand(-1, q.shape[1], -1, -1).contiguous()
-        blocked = blocked.contiguous()
+    if mask is not None and mask.dtype == torch.bool:
+        blocked = ~mask
+    elif mask is not None:
+        blocked = mask == -torch.inf
+        # The kernel scales the bias with the scores.
+        bias = (mask.masked_fill(blocked, 0) / scale).to(q.dtype)
+        bias = bias.expand(*q.shape[:3], -1).contiguous()
+    if blocked is not None:
+        blocked = blocked.expand(q.shape[0], -1, q.shape[2], -1).contiguous()
     return package.npu_fusion_attention(
         q,
         k,
@@ -60,7 +64,7 @@ def npu(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         input_layout="BNSD",
         pse=bias,
         atten_mask=blocked,
-        scale=q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale,
+        scale=scale,
         pre_tockens=_ALL_TOKENS,
         next_tockens=_ALL_TOKENS,
         keep_prob=1.0,
@@ -77,19 +81,24 @@ def xla(
     if min(q.shape[2], k.shape[2]) < _FLASH_TOKENS:
         return sdpa(q, k, v, scoring)
     k, v = expand_heads(k, q), expand_heads(v, q)
-    bias = None
-    if scoring.mask is not None:
-        bias = _additive(dense_mask(scoring._replace(causal=False), q, k), q)
-        bias = bias.expand(*q.shape[:3], k.shape[2])
+    scale = _scale(q, scoring)
+    bias = _additive(dense_mask(scoring._replace(causal=False), q, k), q)
+    if bias is not None:
+        # The kernel scales the bias with the scores.
+        bias = (bias / scale).expand(*q.shape[:3], -1)
     return package.flash_attention(
         q,
         k,
         v,
         causal=scoring.causal,
-        sm_scale=q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale,
+        sm_scale=scale,
         ab=bias,
         partition_spec=partition_spec,
     )
+
+
+def _scale(q: Tensor, scoring: Scoring) -> float | Tensor:
+    return q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
 
 
 def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
