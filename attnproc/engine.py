@@ -53,14 +53,12 @@ def attend(recipe: Recipe, proc: Processor, attn: nn.Module, call: Call) -> Tens
     if scoring.keep is not None:
         o = o * scoring.keep[:, None, :, None]
 
-    image, text = _part(merge_heads(o), scoring, recipe.text_first)
-
     extra = None
     for prompt in recipe.prompts:
         more = prompt(at, arranged, kernel)
         extra = more if extra is None or more is None else extra + more
 
-    image, text, *rest = recipe.output(at, image, text, extra)
+    image, text, *rest = recipe.output(at, merge_heads(o), scoring.image, extra)
     for step in reversed(recipe.frame):
         image, text = step.leave(at, image, text)
     return image if text is None else (image, text, *rest)
@@ -85,10 +83,3 @@ def _wrapped(kernel: KernelCall, around: tuple[AroundPart, ...]) -> KernelCall:
         kernel = partial(wrapper, kernel)
     return kernel
 
-
-def _part(o: Tensor, scoring: Scoring, text_first: bool) -> tuple[Tensor, Tensor | None]:
-    """The image and the text of a joint result ``[B, Q, H*D]``."""
-    if scoring.image is None:
-        return o, None
-    start, stop = scoring.image
-    return o[:, start:stop], o[:, :start] if text_first else o[:, stop:]

@@ -104,6 +104,6 @@ def _text(at: Site, context: Tensor) -> QKV:
 
 def _split(at: Site, layer: str, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """The parts of one product, each with the adapters of its name."""
-    product = getattr(at.attn, layer)(x)
-    parts = product.chunk(len(names), dim=-1)
+    widths = [getattr(at.attn, name).out_features for name in names]
+    parts = getattr(at.attn, layer)(x).split(widths, dim=-1)
     return [linear(at, name, x, part) for name, part in zip(names, parts, strict=True)]

@@ -20,15 +20,15 @@ def padded(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     if mask is None:
         return scoring
     mask = _over_all_keys(mask, arranged, at.recipe.text_first)
-    return scoring._replace(mask=_kind(mask, arranged))
+    return scoring._replace(mask=_kind(at, mask, arranged))
 
 
 def truthy(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     """A key mask of any dtype: what is not zero may be attended to (Lumina)."""
     if at.call.mask is None:
         return scoring
-    valid = at.call.mask.bool().reshape(arranged.k.shape[0], -1)
-    return scoring._replace(mask=_kind(valid, arranged))
+    valid = at.call.mask.bool().flatten(1)
+    return scoring._replace(mask=_kind(at, valid, arranged))
 
 
 def valid_text(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
@@ -36,7 +36,7 @@ def valid_text(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     if at.call.mask is None:
         return scoring
     valid = _over_all_keys(at.call.mask.bool(), arranged, at.recipe.text_first)
-    return scoring._replace(mask=_kind(valid, arranged), keep=valid)
+    return scoring._replace(mask=_kind(at, valid, arranged), keep=valid)
 
 
 def unmasked(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
@@ -75,27 +75,29 @@ def _over_all_keys(mask: Tensor, arranged: Arranged, text_first: bool) -> Tensor
     return F.pad(mask, image, value=mask.dtype == torch.bool)
 
 
-def _kind(mask: Tensor, arranged: Arranged) -> Mask:
+def _kind(at: Site, mask: Tensor, arranged: Arranged) -> Mask:
     batch, heads, queries = arranged.q.shape[:3]
+    # Guidance by perturbation may be given the mask of the unperturbed rows alone.
+    batches = [batch, *(w.plain(batch) for w in at.recipe.around if hasattr(w, "plain"))]
     if not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
             f"attention_mask is {mask.dtype}: give bool (true means attend) or float (added to "
             "the scores)"
         )
-    if mask.ndim == 2:
-        if mask.dtype == torch.bool:
-            return Keys(mask)
-        mask = mask[:, None]
+    shape = list(mask.shape)
     if mask.ndim == 3:
-        stacked = heads > 1 and mask.shape[0] == batch * heads
-        mask = mask.unflatten(0, (batch, heads)) if stacked else mask[:, None]
-    if mask.ndim != 4 or not _fits(mask.shape[:3], (batch, heads, queries)):
+        stacked = heads > 1 and mask.shape[0] in [rows * heads for rows in batches]
+        mask = mask.unflatten(0, (-1, heads)) if stacked else mask[:, None]
+    elif mask.ndim == 2:
+        mask = mask[:, None, None]
+    if mask.ndim != 4 or not any(_fits(mask, (rows, heads, queries)) for rows in batches):
         raise ValueError(
-            f"attention_mask is {list(mask.shape)}, which does not broadcast to "
+            f"attention_mask is {shape}, which does not broadcast to "
             f"[{batch}, {heads}, {queries}, {arranged.k.shape[2]}] (batch, heads, queries, keys)"
         )
-    return Bias(mask)
+    over_keys = mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1
+    return Keys(mask[:, 0, 0]) if over_keys else Bias(mask)
 
 
-def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return all(n in (1, full) for n, full in zip(shape, target, strict=True))
+def _fits(mask: Tensor, target: tuple[int, int, int]) -> bool:
+    return all(n in (1, full) for n, full in zip(mask.shape, target, strict=False))

@@ -33,7 +33,7 @@ __all__ = [
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of one stream: ``[B, S, H*D]``, after the head split ``[B, S, H, D]``.
+    """Queries, keys and values of one stream ``[B, S, H*D]``, after the head split ``[B, S, H, D]``.
 
     A stream may lack queries (added keys and values) or keys and values (only cross attention).
     """
@@ -147,7 +147,7 @@ KernelCall = Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]
 AroundPart = Callable[[KernelCall, Tensor, Tensor, Tensor, Scoring], Tensor]
 PromptPart = Callable[[Site, Arranged, KernelCall], "Tensor | None"]
 OutputPart = Callable[
-    [Site, Tensor, "Tensor | None", "Tensor | None"], tuple["Tensor | None", ...]
+    [Site, Tensor, "tuple[int, int] | None", "Tensor | None"], tuple["Tensor | None", ...]
 ]
 
 

@@ -62,6 +62,10 @@ class Perturbed:
 
     chunks: int
 
+    def plain(self, batch: int) -> int:
+        """How many rows of the batch are not perturbed."""
+        return batch - batch // self.chunks
+
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
@@ -76,7 +80,7 @@ class Perturbed:
                 "encoder_hidden_states: perturbed-attention guidance perturbs self attention, "
                 f"here {q.shape[2]} queries meet {k.shape[2]} keys"
             )
-        plain = slice(0, batch - batch // self.chunks)
+        plain = slice(0, self.plain(batch))
         last = slice(plain.stop, batch)
 
         o = kernel(q[plain], k[plain], v[plain], _of_rows(scoring, plain, batch))

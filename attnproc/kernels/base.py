@@ -29,7 +29,7 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """Computes attention of q ``[B, H, Q, D]``, k and v ``[B, H', K, D]``, giving ``[B, H, Q, D]``.
+    """Attention of q ``[B, H, Q, D]`` to k and v ``[B, H', K, D]``, giving ``[B, H, Q, D]``.
 
     Args:
         name: What it is registered and shown as.
@@ -74,5 +74,6 @@ def named(name: str) -> Kernel:
     if kernel is None:
         near = difflib.get_close_matches(name, [*_REGISTRY, *_ALIASES], n=3)
         hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"backend {name!r} is not registered, there are {', '.join(_REGISTRY)}{hint}")
+        known = ", ".join(_REGISTRY)
+        raise ValueError(f"backend {name!r} is not registered, there are {known}{hint}")
     return kernel

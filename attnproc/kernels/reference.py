@@ -28,7 +28,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights of scores ``[..., Q, K]`` under a bool or float mask; rows without a key are zero."""
+    """Weights of scores ``[..., Q, K]`` under a mask; rows without a key are zero."""
     if mask is None:
         return scores.softmax(dim=-1)
     if mask.dtype != torch.bool:
