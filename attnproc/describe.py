@@ -12,7 +12,9 @@ __all__ = ["parts"]
 
 def parts(recipe: Recipe) -> list[tuple[str, str]]:
     """The fields of a recipe, in the order of the line, each with what its parts are called."""
-    return [(field.name, _shown(getattr(recipe, field.name))) for field in dataclasses.fields(recipe)]
+    return [
+        (field.name, _shown(getattr(recipe, field.name))) for field in dataclasses.fields(recipe)
+    ]
 
 
 def _shown(part: Any) -> str:

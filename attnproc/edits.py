@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .types import Site
+from .types import Arranged, Site
 
 __all__ = ["FirstFrame", "detach_first_token"]
 
 
 @dataclass(frozen=True)
 class FirstFrame:
-    """In self attention every frame of a video sees the first frame's keys and values.
+    """Every frame of a video sees the first frame's keys and values in place of its own.
+
+    The text's keys and values stay: in a joint sequence the image's alone change, in cross
+    attention none.
 
     Args:
         batch_size: How many videos the batch ``[videos * frames, ...]`` holds.
@@ -23,24 +27,39 @@ class FirstFrame:
     """
 
     batch_size: int
+    name: ClassVar[str] = "cross_frame"
 
-    def __call__(self, at: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if at.call.context is not None:
+    def __call__(
+        self, at: Site, arranged: Arranged, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        text = arranged.text_keys
+        if at.call.context is not None and text in (0, k.shape[2]):
             return k, v
         if k.shape[0] % self.batch_size:
             raise ValueError(
                 f"hidden_states has a batch of {k.shape[0]}, which batch_size={self.batch_size} "
                 "videos do not divide"
             )
-        return self._first(k), self._first(v)
+        if not text:
+            return self._first(k), self._first(v)
+        first = at.recipe.text_first
+        return self._first_of_image(k, text, first), self._first_of_image(v, text, first)
+
+    def _first_of_image(self, t: Tensor, text: int, text_first: bool) -> Tensor:
+        if text_first:
+            return torch.cat((t[:, :, :text], self._first(t[:, :, text:])), dim=2)
+        image = t.shape[2] - text
+        return torch.cat((self._first(t[:, :, :image]), t[:, :, image:]), dim=2)
 
     def _first(self, t: Tensor) -> Tensor:
         frames = t.unflatten(0, (self.batch_size, -1))
         return frames[:, :1].expand_as(frames).flatten(0, 1)
 
 
-def detach_first_token(at: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """In cross attention no gradient flows to the first key and value (Custom Diffusion)."""
+def detach_first_token(
+    at: Site, arranged: Arranged, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """With a context no gradient flows to the first key and value (Custom Diffusion)."""
     if at.call.context is None or not torch.is_grad_enabled():
         return k, v
     return _detached(k), _detached(v)

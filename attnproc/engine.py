@@ -45,7 +45,7 @@ def attend(recipe: Recipe, proc: Processor, attn: nn.Module, call: Call) -> Tens
 
     q, k, v = arranged.q, arranged.k, arranged.v
     for edit in recipe.edits:
-        k, v = edit(at, k, v)
+        k, v = edit(at, arranged, k, v)
 
     kernel = choose(recipe.kernel, proc)
     scoring = score(at, arranged)
@@ -82,4 +82,3 @@ def _wrapped(kernel: KernelCall, around: tuple[AroundPart, ...]) -> KernelCall:
     for wrapper in reversed(around):
         kernel = partial(wrapper, kernel)
     return kernel
-

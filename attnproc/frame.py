@@ -24,9 +24,7 @@ class Step:
     def enter(self, at: Site, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return x, context
 
-    def leave(
-        self, at: Site, image: Tensor, text: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return image, text
 
 
@@ -35,9 +33,9 @@ class Residual(Step):
     """Adds the input where the module asks for it, then divides by its output factor."""
 
     def leave(self, at, image, text):
-        if at.attn.residual_connection:
+        if getattr(at.attn, "residual_connection", False):
             image = image + at.call.x
-        factor = at.attn.rescale_output_factor
+        factor = getattr(at.attn, "rescale_output_factor", 1.0)
         return image if factor == 1.0 else image / factor, text
 
 

@@ -66,24 +66,34 @@ def shared_packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
 
 def added_kv(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     """The text adds keys and values to the image's, or stands in for them."""
-    only_text = at.attn.only_cross_attention
-    k, v = (None, None) if only_text else (linear(at, name, x) for name in SELF[1:])
-    text = QKV(None, *(linear(at, name, context) for name in ADDED[1:]))
-    return Streams(QKV(linear(at, "to_q", x), k, v), text)
+    text = QKV(None, *_together(at, ADDED[1:], context))
+    if at.attn.only_cross_attention:
+        return Streams(QKV(linear(at, "to_q", x), None, None), text)
+    return Streams(QKV(*_together(at, SELF, x)), text)
 
 
 def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     """DC-AE: heads of the grid ``[B, C, height, width]`` and of its convolved copies."""
     grid = x.movedim(1, -1)
-    qkv = torch.cat([linear(at, name, grid) for name in SELF], dim=-1).movedim(-1, 1)
+    qkv = torch.cat(_together(at, SELF, grid), dim=-1).movedim(-1, 1)
     scales = torch.cat([qkv, *(block(qkv) for block in at.attn.to_qkv_multiscale)], dim=1)
     heads = scales.flatten(2).unflatten(1, (-1, 3, at.attn.attention_head_dim))
     return Streams(QKV(*heads.permute(2, 0, 4, 1, 3)))  # each [B, S, H, D]
 
 
 def _three(at: Site, names: tuple[str, str, str], x: Tensor, context: Tensor) -> QKV:
-    q, k, v = names
-    return QKV(linear(at, q, x), linear(at, k, context), linear(at, v, context))
+    if x is context:
+        return QKV(*_together(at, names, x))
+    return QKV(linear(at, names[0], x), *_together(at, names[1:], context))
+
+
+def _together(at: Site, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+    """The projections of one input, by one product where `attnproc.packing` keeps one matrix."""
+    packing = at.attn._modules.get("packing")
+    if packing is None:
+        return [linear(at, name, x) for name in names]
+    parts = packing.products(at.attn, names, x)
+    return [linear(at, name, x, part) for name, part in zip(names, parts, strict=True)]
 
 
 def _both(layout: ProjectPart, at: Site, x: Tensor, context: Tensor | None) -> Streams:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from .schedules import amount, is_off
 from .types import Site
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "CustomDiffusion",
     "LoRA",
     "LoRALinear",
+    "dropout",
     "linear",
     "module_linear",
     "mount_custom_diffusion",
@@ -39,9 +41,14 @@ def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
     """The attention module's own layer."""
     if y is not None:
         return y
-    if name[-2:-1] == ".":
-        return getattr(at.attn, name[:-2])[int(name[-1])](x)
-    return getattr(at.attn, name)(x)
+    layer = getattr(at.attn, name)
+    return layer[0](x) if isinstance(layer, nn.ModuleList) else layer(x)
+
+
+def dropout(at: Site, x: Tensor) -> Tensor:
+    """The dropout that comes with the output projection in use."""
+    layers = getattr(at.proc, "to_out_custom_diffusion", at.attn.to_out)
+    return layers[1](x) if len(layers) > 1 else x
 
 
 class LoRALinear(nn.Module):
@@ -79,15 +86,19 @@ class LoRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class LoRA:
-    """Adds the low-rank updates that the processor holds as ``{projection}_{name}``."""
+    """Adds the low-rank updates that the processor holds as ``{projection}_{name}``.
+
+    Their weight is the processor's `lora_weights[name]`, or 1.
+    """
 
     name: str = "lora"
 
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
-        update = getattr(at.proc, f"{name.removesuffix('.0')}_{self.name}", None)
-        if update is None:
+        update = getattr(at.proc, f"{name}_{self.name}", None)
+        weight = at.proc.lora_weights.get(self.name, 1.0)
+        if update is None or is_off(weight) or is_off(at.call.lora_scale):
             return y
-        return y + at.call.lora_scale * update(x)
+        return y + amount(weight) * at.call.lora_scale * update(x)
 
 
 def mount_lora(
@@ -110,12 +121,11 @@ class CustomDiffusion:
     """
 
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
-        stem, _, index = name.partition(".")
-        layer = getattr(at.proc, f"{stem}_custom_diffusion", None)
+        layer = getattr(at.proc, f"{name}_custom_diffusion", None)
         if layer is None:
             return y
-        if index:
-            return layer[int(index)](x)
+        if isinstance(layer, nn.ModuleList):
+            return layer[0](x)
         return layer(x.to(layer.weight.dtype)).to(at.attn.to_q.weight.dtype)
 
 

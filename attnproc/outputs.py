@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .linears import linear
+from .linears import dropout, linear
 from .types import Site
 
 __all__ = ["grid_out", "prompt_apart", "raw_heads", "to_both", "to_out", "to_out_shared"]
@@ -77,4 +77,4 @@ def _parted(o: Tensor, span: Span, extra: Tensor | None) -> tuple[Tensor, Tensor
 def _projected(at: Site, x: Tensor) -> Tensor:
     if getattr(at.attn, "to_out", None) is None:
         return x
-    return linear(at, "to_out.1", linear(at, "to_out.0", x))
+    return dropout(at, linear(at, "to_out", x))

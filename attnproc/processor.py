@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import nn
 
 from .engine import attend
+from .schedules import Weight
 from .types import Call, Recipe
 
 __all__ = ["KernelSetting", "Processor", "Setting"]
@@ -23,11 +26,13 @@ class Processor(nn.Module):
 
     Attributes:
         recipe: The parts. Changed copies come from `but`.
+        lora_weights: Weight of each low-rank update by its name; 1 where none is given.
     """
 
     recipe: ClassVar[Recipe]
     _attention_backend: Any = None
     _parallel_config: Any = None
+    lora_weights: Mapping[str, Weight] = MappingProxyType({})
 
     def run(self, attn: nn.Module, call: Call) -> Any:
         """Runs the line for one call."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .modules import RMSNorm
+from .schedules import Weight, amount, is_off
 from .shapes import merge_heads
 from .types import Arranged, KernelCall, Scoring, Site
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["decoupled", "joint_decoupled", "mount_joint_prompt", "mount_prompts", "region"]
 
-Scale = float | Tensor | Sequence[float | Tensor]
+Scale = Weight | Sequence[Weight]
 
 
 def mount_prompts(
@@ -69,38 +71,60 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     scales, masks = _checked(states, proc.scale, at.call.ip_masks)
 
     q = arranged.query.transpose(1, 2)  # [B, H, S, D]
-    scoring = Scoring(scale=at.recipe.scale(at))
-    total = None
+    branches: dict[int, list[Branch]] = {}
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
-        if _is_off(scale):
-            continue
-        for tokens, weight in _images(state, scale, mask, q):
-            k, v = (_keys(layers[i], tokens, q) for layers in (proc.to_k_ip, proc.to_v_ip))
-            more = weight * merge_heads(kernel(q, k, v, scoring))
-            total = more if total is None else total + more
-    return torch.zeros_like(arranged.query.flatten(2)) if total is None else total
+        if not is_off(scale):
+            layers = proc.to_k_ip[i], proc.to_v_ip[i]
+            for branch in _branches(layers, state, scale, mask, q):
+                branches.setdefault(branch.k.shape[2], []).append(branch)
+
+    total, scoring = (
+        torch.zeros((), dtype=q.dtype, device=q.device),
+        Scoring(scale=at.recipe.scale(at)),
+    )
+    for alike in branches.values():
+        total = total + _attended(alike, q, kernel, scoring)
+    return total.expand(*arranged.query.shape[:2], q.shape[1] * q.shape[3])
 
 
-def _images(
-    state: Tensor, scale: Scale, mask: Tensor | None, q: Tensor
-) -> list[tuple[Tensor, float | Tensor]]:
-    """Tokens ``[B, tokens, C]`` and weight of each image that has a softmax of its own."""
+class Branch(NamedTuple):
+    """Keys and values ``[B, H, tokens, D]`` under one softmax, and their weight."""
+
+    k: Tensor
+    v: Tensor
+    weight: float | Tensor
+
+
+def _branches(
+    layers: tuple[nn.Module, nn.Module],
+    state: Tensor,
+    scale: Scale,
+    mask: Tensor | None,
+    q: Tensor,
+) -> list[Branch]:
+    """One branch for a prompt; with a mask one for each of its images."""
     if mask is None:
-        return [(state.flatten(1, -2), scale)]
-    count = mask.shape[1]
-    scale = scale if isinstance(scale, list) else [scale] * count
-    return [(state[:, i], scale[i] * region(mask[:, i], q.shape[2]).to(q)) for i in range(count)]
+        k, v = (_keys(layer, state.flatten(1, -2), q) for layer in layers)
+        return [Branch(k, v, amount(scale))]
+    k, v = (_keys(layer, state, q).unbind(1) for layer in layers)
+    scales = scale if isinstance(scale, list | tuple) else [scale] * len(k)
+    weights = (amount(s) * r for s, r in zip(scales, _regions(mask, q), strict=True))
+    return [Branch(*branch) for branch in zip(k, v, weights, strict=True)]
+
+
+def _attended(branches: list[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring) -> Tensor:
+    """The weighted sum of branches with equally many tokens, by one kernel call."""
+    if len(branches) == 1:
+        k, v, weight = branches[0]
+        return weight * merge_heads(kernel(q, k, v, scoring))
+    many = q.expand(len(branches), *q.shape).flatten(0, 1)
+    k, v, weights = zip(*branches, strict=True)
+    o = merge_heads(kernel(many, torch.cat(k), torch.cat(v), scoring)).chunk(len(branches))
+    return sum(weight * part for weight, part in zip(weights, o, strict=True))
 
 
 def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
-    return layer(tokens).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2).to(q.dtype)
-
-
-def _is_off(scale: Scale) -> bool:
-    """Whether a scale is zero by its plain numbers; a tensor is never looked into."""
-    if isinstance(scale, list | tuple):
-        return all(_is_off(s) for s in scale)
-    return not isinstance(scale, Tensor) and scale == 0
+    return layer(tokens).unflatten(-1, (-1, q.shape[-1])).transpose(-2, -3).to(q.dtype)
 
 
 def _checked(
@@ -111,7 +135,7 @@ def _checked(
             f"ip_hidden_states has {len(states)} image prompts, this processor holds {len(scales)}"
         )
     if masks is None:
-        return scales, [None] * len(scales)
+        masks = [None] * len(scales)
     masks = list(masks.unsqueeze(1)) if isinstance(masks, Tensor) else masks
     if len(masks) != len(scales):
         raise ValueError(
@@ -121,6 +145,11 @@ def _checked(
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if mask is not None:
             _check_mask(i, state, scale, mask)
+        elif isinstance(scale, list | tuple):
+            raise ValueError(
+                f"scale[{i}] is a list, one entry a masked image, but ip_adapter_masks has no "
+                "mask for that prompt: give the mask or one number"
+            )
     return scales, masks
 
 
@@ -136,7 +165,7 @@ def _check_mask(index: int, state: Tensor, scale: Scale, mask: Tensor) -> None:
             f"ip_adapter_masks[{index}] is for {mask.shape[1]} images, its states are "
             f"{list(state.shape)}: [B, images, tokens, C] with as many images"
         )
-    if isinstance(scale, list) and len(scale) != mask.shape[1]:
+    if isinstance(scale, list | tuple) and len(scale) != mask.shape[1]:
         raise ValueError(
             f"scale[{index}] has {len(scale)} entries for {mask.shape[1]} masked images"
         )
@@ -153,6 +182,21 @@ def region(mask: Tensor, tokens: int) -> Tensor:
     rows += tokens % rows != 0
     grid = F.interpolate(mask[None], size=(rows, tokens // rows), mode="bicubic")[0].flatten(1)
     return F.pad(grid, (0, max(0, tokens - grid.shape[1])))[:, :tokens, None]
+
+
+# Resized masks by the mask they came from, so that all layers of a resolution share one.
+_REGIONS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _regions(mask: Tensor, q: Tensor) -> Tensor:
+    """The weights ``[images, 1, S, 1]`` of a mask ``[1, images, height, width]``."""
+    if torch.compiler.is_compiling() or mask.requires_grad:
+        return region(mask[0], q.shape[2])[:, None].to(q)
+    sizes = _REGIONS.setdefault(mask, {})
+    key = (mask._version, q.shape[2], q.dtype, q.device)
+    if key not in sizes:
+        sizes[key] = region(mask[0], q.shape[2])[:, None].to(q)
+    return sizes[key]
 
 
 class PromptNorm(nn.Module):
@@ -184,10 +228,11 @@ def mount_joint_prompt(
 def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None:
     """Attention of the image to itself and to the prompt, under norms of its own (SD3).
 
-    The prompt's states are ``[B, tokens, C]``; `temb` ``[B, C']`` steers their norm.
+    The prompt's states are ``[B, tokens, C]``; `temb` ``[B, C']`` steers their norm; a mask is
+    ``[1, 1, height, width]``.
     """
     proc, states = at.proc, at.call.ip_states
-    if states is None or _is_off(proc.scale):
+    if states is None or is_off(proc.scale):
         return None
     if at.call.temb is None:
         raise ValueError("temb is None: the image prompt's norm needs the timestep embedding")
@@ -199,4 +244,18 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
 
     k = torch.cat((k, proc.norm_ip_k(more_k)), dim=2)
     v = torch.cat((arranged.raw.v.transpose(1, 2), more_v), dim=2)
-    return proc.scale * merge_heads(kernel(q, k, v, Scoring(scale=at.recipe.scale(at))))
+    o = amount(proc.scale) * merge_heads(kernel(q, k, v, Scoring(scale=at.recipe.scale(at))))
+    mask = _only_mask(at.call.ip_masks)
+    return o if mask is None else o * _regions(mask, q)[0]
+
+
+def _only_mask(masks: Sequence[Tensor | None] | Tensor | None) -> Tensor | None:
+    if masks is None:
+        return None
+    mask = masks if isinstance(masks, Tensor) else masks[0]
+    if len(masks) != 1 or (mask is not None and (mask.ndim != 4 or mask.shape[1] != 1)):
+        raise ValueError(
+            f"ip_adapter_masks: this processor has one image prompt, so give one mask "
+            f"[1, 1, height, width]; got {len(masks)}"
+        )
+    return mask

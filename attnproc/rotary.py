@@ -82,8 +82,8 @@ def complex_pairs(x: Tensor, table: Tensor) -> Tensor:
 def axes(x: Tensor, table: tuple[Any, Any]) -> Tensor:
     """Three thirds of the channels, each by halves along its axis (Allegro).
 
-    `table` is ((cos, sin) of time, height, width, each ``[positions, D/3]``) and the three position
-    indices ``[B|1, S]``.
+    `table` is ((cos, sin) of time, height, width, each ``[positions, D/3]``) and the three indices
+    of positions ``[B|1, S]``.
     """
     tables, positions = table
     thirds = x.chunk(3, dim=-1)

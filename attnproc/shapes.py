@@ -55,7 +55,7 @@ def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def from_grid(x: Tensor) -> Tensor:
-    """``[B, C, height, width]`` to ``[B, height*width, C]``; also ``[B, C, S]`` to ``[B, S, C]``."""
+    """``[B, C, ...]`` to ``[B, S, C]``, the spatial axes in one."""
     return x.flatten(2).transpose(1, 2)
 
 

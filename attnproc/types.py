@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -20,20 +21,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QKV",
+    "All",
     "Arranged",
     "Bias",
+    "Blocks",
     "Call",
+    "Causal",
     "Keys",
     "Mask",
+    "MaskKind",
+    "MaskMod",
     "Recipe",
     "Scoring",
     "Site",
     "Streams",
+    "Window",
+    "both",
 ]
 
 
 class QKV(NamedTuple):
-    """Queries, keys and values of one stream ``[B, S, H*D]``, after the head split ``[B, S, H, D]``.
+    """Queries, keys and values of one stream, ``[B, S, H*D]`` or, split, ``[B, S, H, D]``.
 
     A stream may lack queries (added keys and values) or keys and values (only cross attention).
     """
@@ -57,7 +65,7 @@ class Call(NamedTuple):
     """``[B, S, C]`` or a grid ``[B, C, height, width]``."""
     context: Tensor | None = None
     """``[B, T, C']``; a grid is taken where the family takes one."""
-    mask: Tensor | None = None
+    mask: Tensor | MaskKind | None = None
     temb: Tensor | None = None
     rope: Any = None
     key_rope: Any = None
@@ -93,9 +101,17 @@ class Arranged(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A mask over keys: ``valid`` is bool ``[B, K]``, true where a key may be attended to."""
+    """A mask over keys: ``valid`` is bool ``[B|1, K]``, true where a key may be attended to."""
 
     valid: Tensor
+
+    @classmethod
+    def first(cls, lengths: Tensor, keys: int) -> Keys:
+        """Of ``keys`` keys the first ``lengths`` ``[B]`` are valid: padding at the end."""
+        return cls(torch.arange(keys, device=lengths.device) < lengths[:, None])
+
+    def __and__(self, other: MaskKind) -> All:
+        return both(self, other)
 
 
 class Bias(NamedTuple):
@@ -103,15 +119,70 @@ class Bias(NamedTuple):
 
     values: Tensor
 
+    def __and__(self, other: MaskKind) -> All:
+        return both(self, other)
 
+
+class _Structure:
+    """What masks by position alone have in common."""
+
+    def __and__(self, other: MaskKind) -> All:
+        return both(cast("MaskKind", self), other)
+
+
+@dataclass(frozen=True)
+class Causal(_Structure):
+    """Query i sees keys 0 to i, both counted from the start."""
+
+
+@dataclass(frozen=True)
+class Window(_Structure):
+    """Query i sees keys i - left to i + right; None is no limit on that side."""
+
+    left: int | None
+    right: int | None
+
+
+@dataclass(frozen=True)
+class Blocks(_Structure):
+    """What a function of positions says, as in FlexAttention: blocks, regions, documents.
+
+    Args:
+        mod: (batch, head, query, key) -> bool, on integer tensors that broadcast; true means
+            "attend". It is called again whenever a mask is made of it, so it has no side effects;
+            a module-level function or a frozen dataclass makes that happen once a shape.
+    """
+
+    mod: MaskMod
+
+
+@dataclass(frozen=True)
+class All(_Structure):
+    """Several masks at once: a key is seen where each of them shows it; biases add up."""
+
+    parts: tuple[MaskKind, ...]
+
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Mask = Keys | Bias
+MaskKind = Keys | Bias | Causal | Window | Blocks | All
+
+
+def both(one: MaskKind, other: MaskKind) -> All:
+    """The masks of both."""
+    kinds = [kind.parts if isinstance(kind, All) else (kind,) for kind in (one, other)]
+    return All((*kinds[0], *kinds[1]))
 
 
 class Scoring(NamedTuple):
-    """How a kernel turns queries and keys into weights."""
+    """How a kernel turns queries and keys into weights.
+
+    `mask`, `causal`, `window` and `mods` are the normal form of a mask: all of them hold at once.
+    """
 
     mask: Mask | None = None
     causal: bool = False
+    """Query i sees keys 0 to i."""
     scale: float | Tensor | None = None
     """Factor of the scores; None is ``D ** -0.5``."""
     upcast_qk: bool = False
@@ -123,6 +194,12 @@ class Scoring(NamedTuple):
     """bool ``[B, Q]``: outputs of other queries are set to zero."""
     eps: float = 1e-15
     """Added to the normaliser by linear attention."""
+    window: tuple[int | None, int | None] | None = None
+    """Query i sees keys i - left to i + right."""
+    mods: tuple[MaskMod, ...] = ()
+    """Functions (batch, head, query, key) -> bool, all of which must show a key."""
+    dropout: float = 0.0
+    """Probability by which a weight is dropped."""
 
 
 class FrameStep(Protocol):
@@ -140,7 +217,7 @@ class FrameStep(Protocol):
 LinearPart = Callable[[Site, str, Tensor, "Tensor | None"], "Tensor | None"]
 ProjectPart = Callable[[Site, Tensor, "Tensor | None"], Streams]
 NormPart = Callable[[Site, Streams], Streams]
-EditPart = Callable[[Site, Tensor, Tensor], tuple[Tensor, Tensor]]
+EditPart = Callable[[Site, Arranged, Tensor, Tensor], tuple[Tensor, Tensor]]
 MaskPart = Callable[[Site, Arranged, Scoring], Scoring]
 ScalePart = Callable[[Site], "float | Tensor | None"]
 KernelCall = Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]

@@ -1,5 +1,28 @@
-"""The table of configurations, which the package holds for `attnproc verify`."""
+"""The table of configurations, which the package holds for `attnproc verify`, for the suites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import pytest
 
 from attnproc.verify.cases import CASES, CLASSES, Case, ModuleSpec, select
+from attnproc.verify.check import quiet
+from attnproc.verify.fakes import installed
 
-__all__ = ["CASES", "CLASSES", "Case", "ModuleSpec", "select"]
+__all__ = ["CASES", "CLASSES", "FIRST", "Case", "ModuleSpec", "each", "select", "stand_ins"]
+
+# The plainest configuration of every class.
+FIRST = {case.cls: case for case in reversed(CASES)}
+
+
+@pytest.fixture
+def stand_ins() -> Iterator[None]:
+    """Stand-ins for packages that are not here, and no warnings of deprecated forms."""
+    with installed(), quiet():
+        yield
+
+
+def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
+    """A test for every case, under its id."""
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in cases])

@@ -1,45 +1,65 @@
-"""Kernels by name, and the choice between the recipe's and the one set on a processor."""
+"""Kernels by name, what they take, and the choice between them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from .base import Kernel, named, register_kernel, registered
+from .base import GROUP, Kernel, named, register_kernel, registered
+from .chunked import CHUNKED
+from .choice import choose, set_backend
 from .external import NPU, XLA, XFORMERS
+from .flash import FLASH2, FLASH3, FLASH4
+from .flex import FLEX
+from .guard import Guard, Inaccurate
+from .hub import HUB, use_hub
 from .linear import RELU_ADAPTIVE, RELU_LINEAR
 from .native import CUDNN, EFFICIENT, FLASH, MATH, SDPA
+from .plan import AUTO, Refused
 from .reference import REFERENCE
-
-if TYPE_CHECKING:
-    from ..processor import Processor
+from .sage import SAGE
+from .scope import backend
+from .takes import KINDS, Ask, Takes, ask, why_not
+from .varlen import VARLEN
 
 __all__ = [
+    "AUTO",
+    "CHUNKED",
     "CUDNN",
     "EFFICIENT",
     "FLASH",
+    "FLASH2",
+    "FLASH3",
+    "FLASH4",
+    "FLEX",
+    "GROUP",
+    "KINDS",
     "MATH",
     "NPU",
     "REFERENCE",
     "RELU_ADAPTIVE",
     "RELU_LINEAR",
     "SDPA",
+    "VARLEN",
     "XFORMERS",
     "XLA",
+    "Ask",
+    "Guard",
+    "Inaccurate",
     "Kernel",
+    "Refused",
+    "Takes",
+    "ask",
+    "backend",
     "choose",
     "named",
     "register_kernel",
     "registered",
+    "set_backend",
+    "use_hub",
+    "why_not",
 ]
 
-for _kernel in (REFERENCE, SDPA, FLASH, CUDNN, EFFICIENT, MATH, XFORMERS, NPU, XLA):
+_KERNELS = (
+    *(AUTO, SDPA, FLASH, CUDNN, EFFICIENT, MATH, VARLEN, FLEX, CHUNKED, REFERENCE),
+    *(FLASH2, FLASH3, FLASH4, *SAGE, XFORMERS.strict, NPU.strict, XLA.strict, *HUB),
+)
+for _kernel in _KERNELS:
     register_kernel(_kernel)
-
-
-def choose(kernel: Kernel, proc: Processor) -> Kernel:
-    """The kernel set on the processor by name, else the recipe's.
-
-    Linear attention is another function than softmax attention, so no name replaces it.
-    """
-    name = proc._attention_backend
-    return kernel if name is None or kernel.linear else named(name)

@@ -2,41 +2,109 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Scoring
 from .base import Kernel
-from .reference import dense_mask
+from .reference import expand_heads
+from .takes import HALF, KINDS, Ask, Takes
+from .visible import dense_mask, filled
 
-__all__ = ["CUDNN", "EFFICIENT", "FLASH", "MATH", "SDPA", "sdpa"]
+__all__ = ["CUDNN", "EFFICIENT", "FLASH", "MATH", "SDPA", "only_causal", "sdpa"]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`; it accumulates scores in float32."""
-    mask = dense_mask(scoring, q, k) if scoring.mask is not None else None
+    scale = scoring.scale
+    if isinstance(scale, Tensor):
+        q, scale = q * scale.to(q.dtype), 1.0
+    plain = only_causal(scoring)
+    mask = None if plain else dense_mask(scoring, q, k)
+    some = None
+    # On a CPU rows without a key are zero as they are; fused kernels elsewhere differ.
+    if mask is not None and q.device.type != "cpu":
+        mask, some = filled(mask)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    return F.scaled_dot_product_attention(
+    o = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=scoring.causal and mask is None,
-        scale=scoring.scale,
+        dropout_p=scoring.dropout,
+        is_causal=plain and scoring.causal,
+        scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+    return o if some is None else o.masked_fill(~some, 0.0)
 
 
-def pinned(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, backend: SDPBackend) -> Tensor:
+def only_causal(scoring: Scoring) -> bool:
+    """Whether nothing masks but causality, if that."""
+    return scoring.mask is None and scoring.window is None and not scoring.mods
+
+
+def pinned(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, backend: SDPBackend, expand: bool = False
+) -> Tensor:
     """`sdpa` by one implementation alone; torch raises where it can't take the call."""
+    if expand:
+        k, v = expand_heads(k, q), expand_heads(v, q)
     with sdpa_kernel(backend):
         return sdpa(q, k, v, scoring)
 
 
-SDPA = Kernel("sdpa", sdpa)
-FLASH = Kernel("flash_sdpa", pinned, (SDPBackend.FLASH_ATTENTION,))
-CUDNN = Kernel("cudnn", pinned, (SDPBackend.CUDNN_ATTENTION,))
-EFFICIENT = Kernel("efficient", pinned, (SDPBackend.EFFICIENT_ATTENTION,))
-MATH = Kernel("math", pinned, (SDPBackend.MATH,))
+def _flash(asked: Ask) -> str | None:
+    if asked.device == "cpu":
+        if asked.dropout:
+            return "dropout: on a CPU it has none"
+        return "a learned bias: it gives no gradient" if "learned" in asked.kinds else None
+    if asked.kinds - {"causal"}:
+        return f"mask {' & '.join(sorted(asked.kinds))}: on {asked.device} it takes causal alone"
+    if asked.ragged:
+        return f"causal with {asked.queries} queries and {asked.keys} keys: they must be as many"
+    if asked.dtype not in HALF or asked.dim > 256:
+        return f"on {asked.device} it takes float16 or bfloat16 and at most 256 channels a head"
+    return None
+
+
+def _aligned(asked: Ask) -> str | None:
+    step = 8 if asked.dtype in HALF else 4
+    if asked.dim % step or asked.v_dim % step:
+        return f"{asked.dim} channels a head: {asked.dtype} needs a multiple of {step}"
+    return None
+
+
+_FLOATS = (*HALF, torch.float32)
+SDPA = Kernel("sdpa", sdpa, takes=Takes(dropout=True))
+FLASH = Kernel(
+    "flash_sdpa",
+    pinned,
+    (SDPBackend.FLASH_ATTENTION,),
+    takes=Takes(devices=("cpu", "cuda"), dropout=True, deterministic=False, also=_flash),
+)
+CUDNN = Kernel(
+    "cudnn",
+    pinned,
+    (SDPBackend.CUDNN_ATTENTION, True),
+    takes=Takes(
+        devices=("cuda",),
+        dtypes=HALF,
+        dims=(8, 128, 8),
+        masks=KINDS - {"learned"},
+        dropout=True,
+        deterministic=False,
+    ),
+)
+EFFICIENT = Kernel(
+    "efficient",
+    pinned,
+    (SDPBackend.EFFICIENT_ATTENTION, True),
+    takes=Takes(
+        devices=("cuda",), dtypes=_FLOATS, dropout=True, deterministic=False, also=_aligned
+    ),
+)
+MATH = Kernel("math", pinned, (SDPBackend.MATH,), takes=Takes(dropout=True))

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Bias, Keys, Mask, Scoring
+from ..types import Scoring
 from .base import Kernel
+from .takes import Takes
+from .visible import dense_mask
 
-__all__ = ["REFERENCE", "dense_mask", "expand_heads", "masked_softmax", "reference"]
+__all__ = [
+    "REFERENCE",
+    "expand_heads",
+    "factor",
+    "masked_scores",
+    "masked_softmax",
+    "reference",
+]
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
@@ -17,18 +27,37 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     The scores have the input's dtype (float32 as `scoring` asks), as eager attention has them.
     Queries with nothing to attend to give zeros.
     """
-    k, v = expand_heads(k, q), expand_heads(v, q)
-    qk = (q.float(), k.float()) if scoring.upcast_qk else (q, k)
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-    scores = (qk[0] @ qk[1].transpose(-1, -2)) * scale
-    if scoring.upcast_softmax:
-        scores = scores.float()
+    scores = _scores(q, k, scoring)
+    weights = masked_softmax(scores, dense_mask(scoring, q, k)).to(q.dtype)
+    if scoring.dropout:
+        weights = F.dropout(weights, scoring.dropout)
+    return weights @ expand_heads(v, q)
 
-    return masked_softmax(scores, dense_mask(scoring, q, k)).to(q.dtype) @ v
+
+def reference_lse(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """`reference` and the log-sum-exp of its scores."""
+    scores = masked_scores(_scores(q, k, scoring), dense_mask(scoring, q, k))
+    return reference(q, k, v, scoring), scores.logsumexp(dim=-1)
+
+
+def _scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
+    k = expand_heads(k, q)
+    qk = (q.float(), k.float()) if scoring.upcast_qk else (q, k)
+    scores = (qk[0] @ qk[1].transpose(-1, -2)) * factor(q, scoring)
+    return scores.float() if scoring.upcast_softmax else scores
+
+
+def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores ``[..., Q, K]`` with a bias added, or -inf where a bool mask is false."""
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights of scores ``[..., Q, K]`` under a mask; rows without a key are zero."""
+    """Weights of scores ``[..., Q, K]`` under a bool or float mask; rows without a key are zero."""
     if mask is None:
         return scores.softmax(dim=-1)
     if mask.dtype != torch.bool:
@@ -45,21 +74,11 @@ def expand_heads(t: Tensor, q: Tensor) -> Tensor:
     return t if groups == 1 else t.repeat_interleave(groups, dim=1)
 
 
-def dense_mask(scoring: Scoring, q: Tensor, k: Tensor) -> Tensor | None:
-    """The scoring's mask and causality as one tensor ``[B|1, H|1, Q|1, K]``, bool or float."""
-    mask = _values(scoring.mask)
-    if not scoring.causal:
-        return mask
-    lower = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    if mask is None:
-        return lower[None, None]
-    return mask & lower if mask.dtype == torch.bool else mask.masked_fill(~lower, -torch.inf)
+def factor(q: Tensor, scoring: Scoring) -> float | Tensor:
+    """What the scores are multiplied by."""
+    return q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
 
 
-def _values(mask: Mask | None) -> Tensor | None:
-    if isinstance(mask, Keys):
-        return mask.valid[:, None, None]
-    return mask.values if isinstance(mask, Bias) else None
-
-
-REFERENCE = Kernel("reference", reference)
+REFERENCE = Kernel(
+    "reference", reference, takes=Takes(dropout=True, lse=True), with_lse=reference_lse
+)

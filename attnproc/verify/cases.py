@@ -538,13 +538,19 @@ _HUNYUAN = (
 _COGVIDEO = ("text", "text rope", "text no_qk", "cross rope", "text rope dropout", "! text no_scale")
 _SANA = ("self", "! self keys", "! self bias", "self qkv_bias no_out_bias", "self dropout")
 
-def _with(prefix: str, lines: tuple[str, ...]) -> tuple[str, ...]:
-    """`lines` with further options behind, `!` kept in front."""
-    return tuple(f"{line} {prefix}" for line in lines)
+def _with(tail: str, lines: tuple[str, ...]) -> tuple[str, ...]:
+    """`lines` with further options behind."""
+    return tuple(f"{line} {tail}" for line in lines)
 
 
 def _each(names: tuple[str, ...], head: str) -> tuple[str, ...]:
     return tuple(f"{head} {name}" for name in names)
+
+
+def _wrong_masks(lines: tuple[str, ...]) -> tuple[str, ...]:
+    """`lines` with a `!` before those that have a mask to add."""
+    masks = {"bias", "bias_q", "bias_heads"}
+    return tuple(f"! {line}" if masks & set(line.split()) else line for line in lines)
 
 
 def _pag(name: str) -> tuple[str, ...]:
@@ -614,7 +620,7 @@ _TABLE: dict[str, tuple[Family, tuple[str, ...]]] = {
     "AttnProcessorNPU": (
         PLAIN,
         (
-            *(line if "bias" not in line.replace("_bias", "") else f"! {line}" for line in _UNET),
+            *_wrong_masks(_UNET),
             "! cross keys",
             *_WRONG_QK,
             "! self no_scale",
@@ -643,7 +649,10 @@ _TABLE: dict[str, tuple[Family, tuple[str, ...]]] = {
     "PAGCFGIdentitySelfAttnProcessor2_0": (PLAIN, _pag_plain("pag3")),
     "AttnAddedKVProcessor": (ADDED, (*_ADDED, "text no_scale", "! text qk_rms")),
     "AttnAddedKVProcessor2_0": (ADDED, (*_ADDED, "! text no_scale", "! text bias qk_rms")),
-    "XFormersAttnAddedKVProcessor": (ADDED, (*_ADDED, "text no_scale", "! text qk_rms")),
+    "XFormersAttnAddedKVProcessor": (
+        ADDED,
+        (*_wrong_masks(_ADDED), "text no_scale", "! text qk_rms"),
+    ),
     "SlicedAttnAddedKVProcessor": (
         ADDED,
         (*_with("slice3", _ADDED), "text bias slice1", "spatial slice3"),
@@ -670,7 +679,7 @@ _TABLE: dict[str, tuple[Family, tuple[str, ...]]] = {
     "JointAttnProcessor2_0": (JOINT, (*_JOINT, "alone", "alone qk_rms", *_JOINT_WRONG)),
     "XFormersJointAttnProcessor": (
         JOINT,
-        (*_JOINT, "alone", "text no_scale", "text bias_q", "! text keys", "! text bias qk_rms"),
+        (*_JOINT, "alone", "text no_scale", "! text bias_q", "! text keys", "! text bias qk_rms"),
     ),
     "FusedJointAttnProcessor2_0": (
         JOINT,

@@ -32,11 +32,14 @@ def memory_efficient_attention(
     op: Any = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """xformers.ops: [B*H, S, D], or [B, S, H, D] with a bias [B, H, Q, K]."""
-    if query.ndim == 3:
-        return _softmax(query, key, value, attn_bias, scale)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return _softmax(q, k, v, attn_bias, scale).transpose(1, 2)
+    """xformers.ops: [B*H, S, D] or [B, S, H, D], and a bias of the scores' full shape."""
+    flat = query.ndim == 3
+    q, k, v = (x if flat else x.transpose(1, 2) for x in (query, key, value))
+    scores = (*q.shape[:-1], k.shape[-2])
+    if attn_bias is not None and tuple(attn_bias.shape) != scores:
+        raise ValueError(f"attn_bias is {list(attn_bias.shape)}, the scores are {list(scores)}")
+    o = _softmax(q, k, v, attn_bias, scale)
+    return o if flat else o.transpose(1, 2)
 
 
 def npu_fusion_attention(

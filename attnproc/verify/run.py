@@ -47,6 +47,8 @@ def verify(
 ) -> None:
     """Run every class in every configuration; fail if any differs from its reference."""
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     stored = load_golden() if (not diffusers_found() if golden is None else golden) else None
     cases = select(only)
     if not cases:
