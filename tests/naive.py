@@ -1,0 +1,5 @@
+"""The plain oracle, which the package holds for `attnproc verify`."""
+
+from attnproc.verify.naive import attend, naive
+
+__all__ = ["attend", "naive"]
