@@ -189,7 +189,9 @@ class Scoring(NamedTuple):
     """Compute the scores in float32 (honoured by kernels that round them to the input dtype)."""
     upcast_softmax: bool = False
     image: tuple[int, int] | None = None
-    """Where the image tokens stand in a joint sequence: start and stop."""
+    """Where the image tokens stand among the queries, with a text joined to them: start, stop."""
+    image_keys: tuple[int, int] | None = None
+    """Where the image tokens stand among the keys, with a text joined to them."""
     keep: Tensor | None = None
     """bool ``[B, Q]``: outputs of other queries are set to zero."""
     eps: float = 1e-15

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import GROUP, Kernel, named, register_kernel, registered
 from .chunked import CHUNKED
 from .choice import choose, set_backend
-from .external import NPU, XLA, XFORMERS
+from .external import NPU, STRICT, XFORMERS, XLA
 from .flash import FLASH2, FLASH3, FLASH4
 from .flex import FLEX
 from .guard import Guard, Inaccurate
@@ -59,7 +59,7 @@ __all__ = [
 
 _KERNELS = (
     *(AUTO, SDPA, FLASH, CUDNN, EFFICIENT, MATH, VARLEN, FLEX, CHUNKED, REFERENCE),
-    *(FLASH2, FLASH3, FLASH4, *SAGE, XFORMERS.strict, NPU.strict, XLA.strict, *HUB),
+    *(FLASH2, FLASH3, FLASH4, *SAGE, *STRICT, *HUB),
 )
 for _kernel in _KERNELS:
     register_kernel(_kernel)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..types import Bias, KernelCall, Keys, Mask, Scoring
-from .reference import dense_mask, expand_heads, masked_softmax
+from ..types import AroundPart, Bias, KernelCall, Keys, Mask, Scoring
+from .reference import expand_heads, masked_softmax
+from .visible import OfHeads, OfRows, dense_mask
 
-__all__ = ["Perturbed", "Sliced"]
+__all__ = ["Perturbed", "Sliced", "identity"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Sliced:
     """
 
     size: int
+    name: ClassVar[str] = "slicing"
 
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
@@ -33,7 +36,8 @@ class Sliced:
             stop = min(start + self.size, batch * heads)
             mask = _of_heads(scoring.mask, range(start, stop), heads)
             part = (t[start:stop] for t in (q, k, v))
-            parts.append(kernel(*part, scoring._replace(mask=mask)))
+            mods = tuple(OfHeads(mod, start, heads) for mod in scoring.mods)
+            parts.append(kernel(*part, scoring._replace(mask=mask, mods=mods)))
         return torch.cat(parts)[:, 0].unflatten(0, (batch, heads))
 
 
@@ -47,20 +51,56 @@ def _of_heads(mask: Mask | None, flat: range, heads: int) -> Mask | None:
     return Bias(values[rows, cols][:, None])
 
 
+def identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """Attention where tokens see themselves and the text joined to them, in O(tokens x text)."""
+    if scoring.image_keys is None:
+        return expand_heads(v, q)
+    start, stop = scoring.image_keys
+    image, text = slice(start, stop), slice(0, start) if start else slice(stop, k.shape[2])
+    seen = _themselves_and_text(q if scoring.image is None else q[:, :, image], k, v, scoring)
+    if scoring.image is None:
+        return seen
+
+    mask = dense_mask(scoring, q, k)
+    if mask is not None:
+        mask = Bias(_rows(mask, text))
+        scoring = scoring._replace(mask=mask, causal=False, window=None, mods=())
+    rest = kernel(q[:, :, text], k, v, scoring)
+    return torch.cat((rest, seen) if start else (seen, rest), dim=2)
+
+
+def _themselves_and_text(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """What image queries see of their own key and the text's: ``[B, H, S, D]``."""
+    start, stop = scoring.image_keys
+    image, text = slice(start, stop), slice(0, start) if start else slice(stop, k.shape[2])
+    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    k, v = expand_heads(k, q), expand_heads(v, q)
+
+    to_text = q @ k[:, :, text].transpose(-1, -2)  # [B, H, S, T]
+    to_self = (q * k[:, :, image]).sum(dim=-1, keepdim=True)
+    scores = torch.cat((to_text, to_self), dim=-1).float() * scale
+    mask = dense_mask(scoring, q, k)
+    weights = masked_softmax(scores, None if mask is None else _text_and_self(mask, scoring))
+    weights = weights.to(v.dtype)
+    return weights[..., :-1] @ v[:, :, text] + weights[..., -1:] * v[:, :, image]
+
+
 @dataclass(frozen=True)
 class Perturbed:
-    """Perturbed-attention guidance: in the last rows of the batch, tokens see only themselves.
-
-    In a joint sequence a perturbed image token sees itself and the text, and the text sees all.
+    """Perturbed-attention guidance: other attention in the last rows of the batch.
 
     Args:
         chunks: The batch is this many equal parts, the last of which is perturbed: 2 (plain,
             perturbed) or 3 (unconditional, conditional, perturbed).
+        perturb: Attention of the perturbed rows; `identity` lets tokens see only themselves and,
+            in a joint sequence, the text, which sees all.
 
     Source: https://arxiv.org/abs/2403.17377
     """
 
     chunks: int
+    perturb: AroundPart = identity
+    name: ClassVar[str] = "pag"
 
     def plain(self, batch: int) -> int:
         """How many rows of the batch are not perturbed."""
@@ -75,58 +115,42 @@ class Perturbed:
                 f"hidden_states has a batch of {batch}: perturbed-attention guidance takes "
                 f"{self.chunks} equal parts"
             )
-        if scoring.image is None and q.shape[2] != k.shape[2]:
+        start, stop = scoring.image_keys or (0, k.shape[2])
+        if stop - start != _image_queries(q, scoring):
             raise ValueError(
                 "encoder_hidden_states: perturbed-attention guidance perturbs self attention, "
-                f"here {q.shape[2]} queries meet {k.shape[2]} keys"
+                f"here {_image_queries(q, scoring)} queries meet {stop - start} keys of the image"
             )
         plain = slice(0, self.plain(batch))
         last = slice(plain.stop, batch)
 
         o = kernel(q[plain], k[plain], v[plain], _of_rows(scoring, plain, batch))
-        q, k, v = q[last], k[last], v[last]
-        if scoring.image is None:
-            return torch.cat((o, expand_heads(v, q)))
-        return torch.cat((o, _identity(kernel, q, k, v, _of_rows(scoring, last, batch))))
+        last_scoring = _of_rows(scoring, last, batch)
+        return torch.cat((o, self.perturb(kernel, q[last], k[last], v[last], last_scoring)))
 
 
 def _of_rows(scoring: Scoring, rows: slice, batch: int) -> Scoring:
     """The scoring for a part of the batch; a mask for the plain part alone is taken as it is."""
     mask = scoring.mask
+    scoring = scoring._replace(mods=tuple(OfRows(mod, rows.start) for mod in scoring.mods))
     if mask is None or mask[0].shape[0] != batch:
         return scoring
     return scoring._replace(mask=type(mask)(mask[0][rows]))
-
-
-def _identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """Joint attention where image tokens see themselves and the text, in O(tokens x text)."""
-    start, stop = scoring.image
-    image, text = slice(start, stop), slice(0, start) if start else slice(stop, q.shape[2])
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-    mask = dense_mask(scoring, q, k)
-    wide_k, wide_v = expand_heads(k, q), expand_heads(v, q)
-
-    to_text = q[:, :, image] @ wide_k[:, :, text].transpose(-1, -2)  # [B, H, S, T]
-    to_self = (q * wide_k)[:, :, image].sum(dim=-1, keepdim=True)
-    scores = torch.cat((to_text, to_self), dim=-1).float() * scale
-    weights = masked_softmax(scores, None if mask is None else _text_and_self(mask, image, text))
-    weights = weights.to(v.dtype)
-    seen = weights[..., :-1] @ wide_v[:, :, text] + weights[..., -1:] * wide_v[:, :, image]
-
-    if mask is not None:
-        scoring = scoring._replace(mask=Bias(_rows(mask, text)), causal=False)
-    rest = kernel(q[:, :, text], k, v, scoring)
-    return torch.cat((rest, seen) if start else (seen, rest), dim=2)
 
 
 def _rows(mask: Tensor, queries: slice) -> Tensor:
     return mask if mask.shape[2] == 1 else mask[:, :, queries]
 
 
-def _text_and_self(mask: Tensor, image: slice, text: slice) -> Tensor:
+def _image_queries(q: Tensor, scoring: Scoring) -> int:
+    start, stop = scoring.image or (0, q.shape[2])
+    return stop - start
+
+
+def _text_and_self(mask: Tensor, scoring: Scoring) -> Tensor:
     """What image queries see of a mask ``[..., Q|1, K]``: the text keys and their own."""
-    rows = _rows(mask, image)
-    own = rows[..., image]
+    start, stop = scoring.image_keys
+    rows = mask if scoring.image is None else _rows(mask, slice(*scoring.image))
+    own, text = rows[..., start:stop], rows[..., :start] if start else rows[..., stop:]
     own = own.transpose(-1, -2) if own.shape[2] == 1 else own.diagonal(dim1=-2, dim2=-1)[..., None]
-    seen = rows[..., text].expand(*own.shape[:3], -1)
-    return torch.cat((seen, own), dim=-1)
+    return torch.cat((text.expand(*own.shape[:3], -1), own), dim=-1)

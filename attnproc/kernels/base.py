@@ -10,12 +10,11 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..types import Scoring
 from .names import ALIASES
-from .takes import Takes
+from .takes import Takes, constant
 
 __all__ = ["GROUP", "Kernel", "named", "package", "register_kernel", "registered"]
 
@@ -81,7 +80,7 @@ def named(name: Any) -> Kernel:
     return _found(text) if kernel is None else kernel
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _found(name: str) -> Kernel:
     """The kernel of another package, imported now."""
     if name in _pending():

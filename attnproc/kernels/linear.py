@@ -38,7 +38,7 @@ def relu_adaptive(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 
 def _weighted(k: Tensor, scoring: Scoring) -> Tensor:
-    weight = factors(scoring.mask, k.dtype)
+    weight = factors(scoring, k.dtype)
     return k if weight is None else k * weight.transpose(-1, -2)
 
 

@@ -1,0 +1,86 @@
+"""Which kernel a processor runs: its own setting, its model's, the block's, or its recipe's."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..types import KernelCall, Scoring
+from .base import Kernel, named
+from .plan import AUTO, bound
+from .scope import Scope, scope
+from .takes import KINDS
+
+if TYPE_CHECKING:
+    from ..processor import Processor
+
+__all__ = ["choose", "resolved", "set_backend"]
+
+
+def choose(kernel: Kernel, proc: Processor) -> KernelCall:
+    """The kernel call of a processor.
+
+    What is set on the layer goes before what is set on the model, that before the `with` block,
+    and the recipe's kernel is the default. Linear attention is another function than softmax
+    attention, so no name replaces it.
+    """
+    if kernel.linear:
+        return kernel
+    name = proc.layer_backend if hasattr(proc, "layer_backend") else None
+    if name is None:
+        name = proc._attention_backend
+    wish = scope() if name is None else Scope(name)
+    if wish is None:
+        return kernel if kernel.takes.masks == KINDS else bound(kernel, None)
+    return resolved(wish)
+
+
+def resolved(wish: Scope) -> KernelCall:
+    """The kernel call that a wish leads to: checked, and guarded if so wished."""
+    kernel = named(wish.name)
+    call = kernel if kernel.name == AUTO.name else bound(kernel, wish.fallback)
+    return call if wish.guard is None else partial(_guarded, wish, call)
+
+
+def _guarded(
+    wish: Scope, call: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+) -> Tensor:
+    return wish.guard.run(wish.name, call, AUTO, q, k, v, scoring=scoring)
+
+
+def set_backend(model: nn.Module, name: Any, layers: str | None = None) -> list[str]:
+    """Sets the backend of a model's processors, or of some layers, which then keep theirs.
+
+    Args:
+        model: A model whose processors are ours.
+        name: A name of ours or of diffusers; None takes the setting back.
+        layers: Pattern of the paths of attention modules. What is set so goes before what is
+            set on the whole model, here or by diffusers' `model.set_attention_backend`.
+
+    Returns:
+        The paths of the layers that were set.
+
+    Raises:
+        ValueError: No kernel has that name, or no layer of ours matches.
+    """
+    from ..interop import processors
+    from ..processor import Processor
+
+    value = None if name is None else named(name).name
+    attribute = "_attention_backend" if layers is None else "layer_backend"
+    ours = [
+        (path, attn.processor)
+        for path, attn in processors(model)
+        if isinstance(attn.processor, Processor)
+    ]
+    done = [path for path, _ in ours if layers is None or fnmatchcase(path, layers)]
+    if not done:
+        have = ", ".join(path for path, _ in ours) or "none; call attnproc.swap(model) first"
+        raise ValueError(f"layers={layers!r} matches no layer of ours, there are: {have}")
+    for path, proc in ours:
+        if path in done:
+            setattr(proc, attribute, value)
+    return done

@@ -1,0 +1,212 @@
+"""Attention by tiles of queries and keys in plain torch: any device, any mask, never Q x K memory.
+
+The softmax runs along (https://arxiv.org/abs/1805.02867), the backward pass computes the weights
+of a tile anew (https://arxiv.org/abs/2205.14135).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..types import Scoring
+from .base import Kernel
+from .reference import factor, masked_scores
+from .takes import Takes
+from .visible import limits, merged, structure, values
+
+__all__ = ["CHUNKED", "chunked", "chunked_lse"]
+
+# Scores of a tile over batch and heads: what fits a CPU's caches, and what keeps a GPU busy.
+_SCORES = {"cpu": 1 << 20}
+_SCORES_ELSEWHERE = 1 << 24
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    cols: slice
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """Attention by tiles, accumulated in float32 at least."""
+    return chunked_lse(q, k, v, scoring)[0]
+
+
+def chunked_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """`chunked` and the log-sum-exp of its scores ``[B, H, Q]``; both have gradients."""
+    scale = factor(q, scoring)
+    if isinstance(scale, Tensor):
+        q, scale = q * scale.to(q.dtype), 1.0
+    positions = Scoring(causal=scoring.causal, window=scoring.window, mods=scoring.mods)
+    return _Chunked.apply(q, k, v, values(scoring), positions, scale)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        positions: Scoring,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        spans = _spans(q.shape[2], _sides(q, k)[0])
+        parts = [_row(q, k, v, mask, positions, scale, rows, wide) for rows in spans]
+        o, total = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(q, k, v, mask, o, total)
+        ctx.positions, ctx.scale = positions, scale
+        return o, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _backward(*ctx.saved_tensors, ctx.positions, ctx.scale, do, dlse)
+        needed = ctx.needs_input_grad[:4]
+        return *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
+
+
+def _row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    positions: Scoring,
+    scale: float,
+    rows: slice,
+    wide: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The output ``[B, H, rows, D]`` and log-sum-exp of some queries, over all keys."""
+    batch, heads = q.shape[:2]
+    shape = (batch, heads, rows.stop - rows.start)
+    top = q.new_full(shape, -torch.inf, dtype=wide)
+    total, sums = q.new_zeros(shape, dtype=wide), q.new_zeros(*shape, v.shape[3], dtype=wide)
+    for cols in _spans(k.shape[2], _sides(q, k)[1]):
+        tile = _Tile(rows, cols)
+        if _is_hidden(tile, positions):
+            continue
+        scores = _scores(q, k, mask, positions, scale, tile, wide)
+        new = torch.maximum(top, scores.amax(dim=-1))
+        # A row that has seen no key yet has no finite top.
+        base = new.masked_fill(new == -torch.inf, 0)
+        weights, shrink = (scores - base[..., None]).exp(), (top - base).exp()
+        total = total * shrink + weights.sum(dim=-1)
+        sums = sums * shrink[..., None] + _times(weights, v[:, :, cols].to(wide))
+        top = new
+    empty = total == 0
+    out = sums / total.masked_fill(empty, 1)[..., None]
+    return out.to(q.dtype), top + total.log()
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    positions: Scoring,
+    scale: float,
+    do: Tensor,
+    dlse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    wide = lse.dtype
+    dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
+    learned = mask is not None and mask.dtype != torch.bool
+    dmask = torch.zeros_like(mask, dtype=wide) if learned else None
+    base = lse.masked_fill(lse == -torch.inf, 0)
+    for tile in _tiles(q, k, positions):
+        rows, cols = tile
+        some, theirs, more = do[:, :, rows].to(wide), v[:, :, cols].to(wide), dlse[:, :, rows]
+        scores = _scores(q, k, mask, positions, scale, tile, wide)
+        weights = (scores - base[:, :, rows, None]).exp()
+        dv[:, :, cols] += _times_transposed(weights, some, k.shape[1])
+        inner = (some * o[:, :, rows].to(wide)).sum(dim=-1) - more.to(wide)
+        dscores = weights * (_times(some, theirs.transpose(-1, -2)) - inner[..., None])
+        if dmask is not None:
+            _add_to(dmask, dscores, tile)
+        dscores = dscores * scale
+        dq[:, :, rows] += _times(dscores, k[:, :, cols].to(wide))
+        dk[:, :, cols] += _times_transposed(dscores, q[:, :, rows].to(wide), k.shape[1])
+    return (
+        dq.to(q.dtype),
+        dk.to(k.dtype),
+        dv.to(v.dtype),
+        None if mask is None or dmask is None else dmask.to(mask.dtype),
+    )
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    positions: Scoring,
+    scale: float,
+    tile: _Tile,
+    wide: torch.dtype,
+) -> Tensor:
+    """Masked scores of a tile ``[B, H, rows, cols]``."""
+    rows, cols = tile
+    scores = _times(q[:, :, rows].to(wide) * scale, k[:, :, cols].to(wide).transpose(-1, -2))
+    seen = structure(positions, rows, cols, q.shape[0], q.shape[1], q.device)
+    part = None if mask is None else _part(mask, tile)
+    return masked_scores(scores, merged(part, seen))
+
+
+def _part(mask: Tensor, tile: _Tile) -> Tensor:
+    rows = tile.rows if mask.shape[2] > 1 else slice(None)
+    return mask[:, :, rows, tile.cols]
+
+
+def _add_to(dmask: Tensor, dscores: Tensor, tile: _Tile) -> None:
+    part = _part(dmask, tile)
+    part += dscores.sum_to_size(part.shape)
+
+
+def _times(rows: Tensor, right: Tensor) -> Tensor:
+    """``[B, H, Q, n] @ [B, H', n, m]``, each of the H' for a group of heads, not repeated."""
+    count = right.shape[1]
+    folded = rows.unflatten(1, (count, -1)).flatten(2, 3)  # [B, H', groups * Q, n]
+    return (folded @ right).unflatten(2, (-1, rows.shape[2])).flatten(1, 2)
+
+
+def _times_transposed(weights: Tensor, rows: Tensor, count: int) -> Tensor:
+    """``[B, H, Q, n]^T @ [B, H, Q, m]`` summed over each group of heads: ``[B, H', n, m]``."""
+    left, right = (t.unflatten(1, (count, -1)).flatten(2, 3) for t in (weights, rows))
+    return left.transpose(-1, -2) @ right
+
+
+def _tiles(q: Tensor, k: Tensor, positions: Scoring) -> Iterator[_Tile]:
+    side, other = _sides(q, k)
+    for rows in _spans(q.shape[2], side):
+        for cols in _spans(k.shape[2], other):
+            if not _is_hidden(_Tile(rows, cols), positions):
+                yield _Tile(rows, cols)
+
+
+def _is_hidden(tile: _Tile, positions: Scoring) -> bool:
+    """Whether a tile lies wholly outside the window."""
+    left, right = limits(positions)
+    (first, last), (low, high) = ((s.start, s.stop - 1) for s in tile)
+    return (right is not None and low > last + right) or (left is not None and high < first - left)
+
+
+def _sides(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """How many queries and keys a tile has."""
+    most = _SCORES.get(q.device.type, _SCORES_ELSEWHERE) // (q.shape[0] * q.shape[1])
+    rows = min(q.shape[2], max(16, math.isqrt(max(1, most))))
+    return rows, min(k.shape[2], max(16, most // rows))
+
+
+def _spans(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, max(1, step))]
+
+
+CHUNKED = Kernel("chunked", chunked, takes=Takes(lse=True), with_lse=chunked_lse)

@@ -1,0 +1,62 @@
+"""Guard mode: the first calls of a kernel, compared with the exact one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..types import KernelCall, Scoring
+from .takes import Ask, ask
+
+__all__ = ["Guard", "Inaccurate", "error_of"]
+
+
+class Inaccurate(ArithmeticError):
+    """A kernel's output is further from the exact one than was allowed."""
+
+
+@dataclass(eq=False)
+class Guard:
+    """Compares a kernel's output with that of the exact automatic choice.
+
+    Args:
+        max_error: The largest error allowed, as `error_of` counts it.
+        calls: How many calls of each kind are compared.
+    """
+
+    max_error: float
+    calls: int
+    done: dict[Ask, int] = field(default_factory=dict)
+
+    def run(
+        self, name: str, kernel: KernelCall, exact: KernelCall, *inputs: Tensor, scoring: Scoring
+    ) -> Tensor:
+        """The kernel's output, compared while there is something left to compare.
+
+        Raises:
+            Inaccurate: The error is too large.
+        """
+        q, k, v = inputs
+        o = kernel(q, k, v, scoring)
+        if torch.compiler.is_compiling():
+            return o
+        kind = ask(q, k, v, scoring)
+        count = self.done.get(kind, 0)
+        if count < self.calls:
+            self.done[kind] = count + 1
+            with torch.no_grad():
+                error = error_of(o, exact(q, k, v, scoring))
+            if not error <= self.max_error:
+                raise Inaccurate(
+                    f"backend {name!r}: its error is {error:.3g}, allowed are {self.max_error:.3g} "
+                    f"(queries {list(q.shape)}, keys {list(k.shape)}, {q.dtype})"
+                )
+        return o
+
+
+def error_of(o: Tensor, exact: Tensor) -> float:
+    """Root mean square error, relative to the root mean square of what is exact."""
+    o, exact = o.detach().double(), exact.detach().double()
+    return ((o - exact).norm() / exact.norm().clamp(min=1e-30)).item()

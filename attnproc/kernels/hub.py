@@ -1,0 +1,131 @@
+"""Kernels of the Hugging Face hub, by the `kernels` package: only at a revision that was named.
+
+A kernel is code: until `use_hub` is told which revision to trust, the names only explain this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..types import Scoring
+from .base import Kernel, package
+from .flash import FLASH2, FLASH3, FLASH4, flash, flash_lse
+from .plan import forget
+from .sage import SAGE
+from .takes import Ask
+
+__all__ = ["HUB", "HubLibrary", "use_hub"]
+
+_INSTALL = "pip install kernels"
+
+
+@dataclass(frozen=True)
+class HubLibrary:
+    """A repository of the hub at one revision.
+
+    Args:
+        repo: Its name.
+        revision: A commit, tag or branch; None is not decided.
+        unlimited: How it writes a window without limit.
+        wants_lse: The argument that asks for the log-sum-exp.
+    """
+
+    repo: str
+    revision: str | None = None
+    unlimited: int | None = -1
+    wants_lse: str = "return_attn_probs"
+
+    def load(self) -> Any:
+        """Fetches it at its revision, or takes what was fetched before."""
+        revision = _CHOSEN.get(self.repo, self.revision)
+        if revision is None:
+            raise ImportError(_undecided(self.repo))
+        if (self.repo, revision) not in _LOADED:
+            kernels = package("kernels", _INSTALL)
+            _LOADED[self.repo, revision] = kernels.get_kernel(self.repo, revision=revision)
+        return _LOADED[self.repo, revision]
+
+
+_CHOSEN: dict[str, str] = {}
+_LOADED: dict[tuple[str, str], Any] = {}
+
+
+def use_hub(name: str, revision: str) -> None:
+    """Allows a kernel of the hub to be fetched, at this revision alone, when it is first used.
+
+    Args:
+        name: `"flash_hub"`, `"flash3_hub"`, `"flash4_hub"`, `"sage_hub"`,
+            `"sage_blackwell_hub"`, `"aiter_fa2_hub"` or diffusers' names of these.
+        revision: A commit (best), tag or branch of its repository.
+
+    Raises:
+        ValueError: No kernel of the hub has that name.
+    """
+    from .base import named
+
+    kernel = named(name)
+    if kernel not in HUB:
+        raise ValueError(f"name is {name!r}: kernels of the hub are {', '.join(k.name for k in HUB)}")
+    _CHOSEN[kernel.options[0].repo] = revision
+    forget()
+
+
+def hub_sage(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, library: HubLibrary) -> Tensor:
+    """SageAttention from the hub."""
+    module = library.load()
+    run = getattr(module, "sageattn", None) or module.sageattn3_blackwell
+    if run.__name__ == "sageattn3_blackwell":
+        # It has no argument for the scale.
+        q = q * (1.0 if scoring.scale is None else scoring.scale * q.shape[-1] ** 0.5)
+        return run(q, k, v, is_causal=scoring.causal)
+    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    return run(q, k, v, tensor_layout="HND", is_causal=scoring.causal, sm_scale=scale)
+
+
+def _undecided(repo: str) -> str:
+    return (
+        f"the hub's {repo} is not fetched on its own: name the revision to trust by "
+        "attnproc.kernels.use_hub(name, revision=...)"
+    )
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """The further condition that a revision was named."""
+
+    repo: str
+    inner: Any
+
+    def __call__(self, asked: Ask) -> str | None:
+        undecided = _undecided(self.repo) if self.repo not in _CHOSEN else None
+        return undecided or (self.inner(asked) if self.inner else None)
+
+
+def _hub(name: str, library: HubLibrary, like: Kernel, **changes: Any) -> Kernel:
+    takes = replace(
+        like.takes,
+        needs="kernels",
+        install=_INSTALL,
+        also=_Decided(library.repo, like.takes.also),
+        **changes,
+    )
+    if like.run is flash:
+        return Kernel(name, flash, (library,), takes=takes, with_lse=flash_lse)
+    return Kernel(name, hub_sage, (library,), takes=replace(takes, lse=False))
+
+
+HUB = (
+    _hub("flash_hub", HubLibrary("kernels-community/flash-attn2"), FLASH2),
+    _hub("flash3_hub", HubLibrary("kernels-community/flash-attn3"), FLASH3),
+    _hub(
+        "flash4_hub",
+        HubLibrary("kernels-community/flash-attn4", None, None, "return_lse"),
+        FLASH4,
+    ),
+    _hub("aiter_fa2_hub", HubLibrary("kernels-community/aiter-flash-attn-ck"), FLASH2),
+    _hub("sage_hub", HubLibrary("SageAttention/sage-attention"), SAGE[0]),
+    _hub("sage_blackwell_hub", HubLibrary("SageAttention/sage-blackwell"), SAGE[0], gqa=False),
+)

@@ -1,0 +1,167 @@
+"""Which kernel runs a call: by rules where none was named, by name with a check where one was."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+from torch import Tensor
+
+from ..types import KernelCall, Scoring
+from .base import Kernel, registered
+from .chunked import CHUNKED
+from .flex import FLEX
+from .native import SDPA
+from .takes import HALF, Ask, Takes, ask, constant, why_not
+from .tuned import tuned
+from .varlen import VARLEN
+
+__all__ = [
+    "AUTO",
+    "Refused",
+    "automatic",
+    "bound",
+    "checked",
+    "forget",
+    "lse_of",
+    "pick",
+    "serving",
+]
+
+# From here on a mask of positions is worth a compilation, or packing worth a gather.
+_STRUCTURED = 1 << 20
+_PADDED_KEYS = 1024
+
+_PLANS: dict[tuple[Kernel | None, Ask], Kernel | tuple[str, ...]] = {}
+
+
+class Refused(ValueError):
+    """A kernel that was asked for by name does not take the call."""
+
+
+def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """The kernel that the rules pick for this kind of call."""
+    return pick(ask(q, k, v, scoring))(q, k, v, scoring)
+
+
+def automatic_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """As `automatic`, among the kernels that give the log-sum-exp."""
+    return lse_of(pick(ask(q, k, v, scoring, lse=True)), q, k, v, scoring)
+
+
+AUTO = Kernel(
+    "auto", automatic, takes=Takes(dropout=True, lse=True), with_lse=automatic_lse
+)
+
+
+def pick(asked: Ask) -> Kernel:
+    """The fastest exact kernel by the table of this machine, else by rules."""
+    if asked.compiling:
+        return _by_rule(asked)
+    kernel = _PLANS.get((None, asked))
+    if kernel is None:
+        kernel = _PLANS[None, asked] = tuned(asked) or _by_rule(asked)
+    return kernel
+
+
+def _by_rule(asked: Ask) -> Kernel:
+    for kernel in _order(asked):
+        if not why_not(kernel.takes, asked):
+            return kernel
+    return CHUNKED if asked.lse else SDPA
+
+
+def _order(asked: Ask) -> tuple[Kernel, ...]:
+    """What to try, the best first."""
+    if asked.kinds <= {"causal"} or asked.kinds <= {"dense", "bias", "learned"}:
+        return (SDPA,)
+    if asked.kinds == {"keys"}:
+        packs = asked.dtype in HALF and asked.keys >= _PADDED_KEYS
+        return (VARLEN, SDPA) if packs else (SDPA,)
+    # As one dense mask this would be Q x K.
+    if asked.queries * asked.keys < _STRUCTURED:
+        return (SDPA,)
+    return (CHUNKED,) if asked.device == "cpu" else (VARLEN, FLEX, CHUNKED)
+
+
+def checked(
+    kernel: Kernel,
+    fallback: str | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    *,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Runs a kernel that was named, if it takes the call.
+
+    Args:
+        kernel: The kernel.
+        fallback: `"warn"` runs the automatic choice in its place, with a warning.
+        q: ``[B, H, Q, D]``; `k` and `v` are ``[B, H', K, D]``.
+        k: Keys.
+        v: Values.
+        scoring: Masks and scale.
+        lse: Whether the log-sum-exp is wanted too.
+
+    Raises:
+        Refused: It does not take the call, for the reasons given, and there is no fallback.
+        ImportError: Its package is not here.
+    """
+    asked = ask(q, k, v, scoring, lse)
+    reasons = _reasons(kernel, asked)
+    if reasons:
+        if fallback != "warn":
+            _refuse(kernel, asked, reasons)
+        _warn(kernel.name, reasons)
+        kernel = pick(asked)
+    return lse_of(kernel, q, k, v, scoring) if lse else kernel(q, k, v, scoring)
+
+
+def lse_of(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a kernel that gives both."""
+    return kernel.with_lse(q, k, v, scoring, *kernel.options)
+
+
+def _reasons(kernel: Kernel, asked: Ask) -> tuple[str, ...]:
+    if asked.compiling:
+        return tuple(why_not(kernel.takes, asked))
+    found = _PLANS.get((kernel, asked))
+    if found is None:
+        found = _PLANS[kernel, asked] = tuple(why_not(kernel.takes, asked))
+    return found
+
+
+def _refuse(kernel: Kernel, asked: Ask, reasons: tuple[str, ...]) -> None:
+    message = f"backend {kernel.name!r} does not take this call: {'; '.join(reasons)}"
+    if "is not installed" in reasons[0]:
+        raise ImportError(message)
+    raise Refused(f"{message}. These would: {', '.join(serving(asked)) or 'none'}")
+
+
+def serving(asked: Ask) -> list[str]:
+    """The names of the kernels that take a call."""
+    kernels = registered().values()
+    return [kernel.name for kernel in kernels if not why_not(kernel.takes, asked)]
+
+
+@constant
+def _warn(name: str, reasons: tuple[str, ...]) -> None:
+    warnings.warn(
+        f"backend {name!r} does not take this call, the automatic choice runs: "
+        f"{'; '.join(reasons)}",
+        stacklevel=4,
+    )
+
+
+def forget() -> None:
+    """Drops the plans that were made, after a change of kernels or of the table."""
+    _PLANS.clear()
+
+
+def bound(kernel: Kernel, fallback: str | None) -> KernelCall:
+    """`checked` of a kernel as a kernel call."""
+    return partial(checked, kernel, fallback)

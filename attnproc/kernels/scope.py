@@ -1,0 +1,136 @@
+"""The backend of a `with` block: ours, or diffusers' own.
+
+A block of ours holds for its thread or task alone, through a context variable. Code under
+`torch.compile` can't read one; there a block is what was entered last in the process, and entering
+another compiles anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import GeneratorType
+from typing import Any, NamedTuple
+
+import torch
+
+from .base import named
+from .guard import Guard
+from .takes import constant
+
+__all__ = ["Scope", "backend", "scope"]
+
+
+class Scope(NamedTuple):
+    """What a block asks for."""
+
+    name: str
+    fallback: str | None = None
+    guard: Guard | None = None
+
+
+_SCOPE: ContextVar[Scope | None] = ContextVar("attnproc_backend", default=None)
+# What compiled code is guarded by: the scope that was entered last.
+_latest: Scope | None = None
+
+
+@contextmanager
+def backend(
+    name: Any,
+    *,
+    fallback: str | None = None,
+    max_error: float | None = None,
+    calls: int = 3,
+) -> Iterator[None]:
+    """Runs attention by the kernel of that name within the block.
+
+    It holds for processors and `attnproc.attention` that name no backend themselves, in this
+    thread or task alone.
+
+    Args:
+        name: A name of ours or of diffusers, or `"auto"`.
+        fallback: `"warn"` runs the automatic choice, with a warning, where that kernel does not
+            take a call; None raises.
+        max_error: Guard mode: the first calls are compared with the exact kernel, and a larger
+            error, relative to the root mean square of the exact output, raises.
+        calls: How many calls of each kind are compared.
+
+    Raises:
+        ValueError: No kernel has that name, or `fallback` is something else.
+    """
+    global _latest
+    check_fallback(fallback)
+    guard = None if max_error is None else Guard(max_error, calls)
+    before, token = _latest, _SCOPE.set(Scope(named(name).name, fallback, guard))
+    _latest = _SCOPE.get()
+    try:
+        yield
+    finally:
+        _SCOPE.reset(token)
+        _latest = before
+
+
+def check_fallback(fallback: str | None) -> None:
+    """Refuses what is no fallback."""
+    if fallback not in (None, "warn"):
+        raise ValueError(f"fallback is {fallback!r}: give None (raise) or 'warn'")
+
+
+def scope() -> Scope | None:
+    """The innermost block's wish; diffusers' `attention_backend(...)` where there is none."""
+    if torch.compiler.is_compiling():
+        # Looked at for the sake of the guard.
+        if _latest is None and _active() is None:
+            return None
+        return _constant_scope()
+    return _SCOPE.get() or _of_diffusers()
+
+
+@constant
+def _constant_scope() -> Scope | None:
+    return _SCOPE.get() or _latest or _of_diffusers()
+
+
+def _active() -> Any:
+    """What diffusers' registry calls active; None without diffusers."""
+    module = sys.modules.get("diffusers.models.attention_dispatch")
+    return None if module is None else module._AttentionBackendRegistry._active_backend
+
+
+# `model.set_attention_backend` leaves its backend active for the whole process, which is no
+# business of other models; a `with` block makes it active too. They differ in that a block's
+# generator is alive. Looking for it takes long, so it is done when the active one has changed.
+_seen: Any = None
+_block: weakref.ref[GeneratorType[Any, Any, Any]] | None = None
+
+
+def _of_diffusers() -> Scope | None:
+    global _seen, _block
+    active = _active()
+    if active is None:
+        return None
+    ended = _block is not None and not _is_open(_block())
+    if active is not _seen or ended:
+        # The first one is the process's default, whatever it is.
+        first, _seen = _seen is None and active.value == "native", active
+        found = None if first else _open_block()
+        _block = None if found is None else weakref.ref(found)
+    return None if _block is None else Scope(named(active).name)
+
+
+def _open_block() -> GeneratorType[Any, Any, Any] | None:
+    """The generator of the `attention_backend(...)` block that is open, if one is."""
+    manager = sys.modules["diffusers.models.attention_dispatch"].attention_backend
+    code = getattr(manager, "__wrapped__", manager).__code__
+    for thing in gc.get_objects():
+        if isinstance(thing, GeneratorType) and thing.gi_code is code and _is_open(thing):
+            return thing
+    return None
+
+
+def _is_open(generator: GeneratorType[Any, Any, Any] | None) -> bool:
+    return generator is not None and generator.gi_frame is not None
