@@ -1,0 +1,5 @@
+"""`python -m attnproc.app`."""
+
+from attnproc.app.cli import main
+
+main()
