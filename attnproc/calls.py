@@ -127,7 +127,7 @@ class PromptCall(Processor):
         ip_adapter_masks: Any = None, *, ip_hidden_states: Any = None,
     ) -> Tensor:
         context = encoder_hidden_states
-        if isinstance(context, Tensor) and ip_hidden_states is None:
+        if isinstance(context, Tensor) and ip_hidden_states is None and self.recipe.prompts:
             end = context.shape[1] - self.num_tokens[0]
             context = (context[:, :end], [context[:, end:]])
         context, states = _parted(self, context, ip_hidden_states)
@@ -256,6 +256,10 @@ class LuminaCall(Processor):
 class GridCall(Processor):
     """Attention of a grid to itself."""
 
-    def __call__(self, attn: nn.Module, hidden_states: Tensor) -> Tensor:
-        return self.run(attn, Call(hidden_states))
+    def __call__(
+        self, attn: nn.Module, hidden_states: Tensor, *,
+        ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
+    ) -> Tensor:
+        return self.run(attn, Call(hidden_states, ip_states=ip_hidden_states,
+                                   ip_masks=ip_adapter_masks))
 # fmt: on

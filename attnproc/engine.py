@@ -66,14 +66,15 @@ def attend(recipe: Recipe, proc: Processor, attn: nn.Module, call: Call) -> Tens
 
 def score(at: Site, arranged: Arranged) -> Scoring:
     """The scoring of this call: settings of the module, then the mask."""
-    attn, length, total = at.attn, arranged.query.shape[1], arranged.q.shape[2]
-    start = total - length if at.recipe.text_first else 0
+    attn, text_first = at.attn, at.recipe.text_first
+    length, text_keys = arranged.query.shape[1], arranged.text_keys
     plain = Scoring(
         causal=getattr(attn, "is_causal", False),
         scale=at.recipe.scale(at),
         upcast_qk=getattr(attn, "upcast_attention", False),
         upcast_softmax=getattr(attn, "upcast_softmax", False),
-        image=None if total == length else (start, start + length),
+        image=_image(arranged.q.shape[2], arranged.q.shape[2] - length, text_first),
+        image_keys=_image(arranged.k.shape[2], text_keys, text_first),
     )
     return at.recipe.mask(at, arranged, plain)
 
@@ -82,3 +83,10 @@ def _wrapped(kernel: KernelCall, around: tuple[AroundPart, ...]) -> KernelCall:
     for wrapper in reversed(around):
         kernel = partial(wrapper, kernel)
     return kernel
+
+
+def _image(total: int, text: int, text_first: bool) -> tuple[int, int] | None:
+    """Where the image stands beside a text; None where there is no text."""
+    if not text:
+        return None
+    return (text, total) if text_first else (0, total - text)

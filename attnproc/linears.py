@@ -7,8 +7,9 @@ slice of a packed product where the layout made one). A part that replaces stand
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .processor import Processor
 
 __all__ = [
+    "PROJECTIONS",
     "CustomDiffusion",
     "LoRA",
     "LoRALinear",
@@ -27,7 +29,20 @@ __all__ = [
     "module_linear",
     "mount_custom_diffusion",
     "mount_lora",
+    "widths",
 ]
+
+
+PROJECTIONS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
 
 
 def linear(at: Site, name: str, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -86,15 +101,24 @@ class LoRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class LoRA:
-    """Adds the low-rank updates that the processor holds as ``{projection}_{name}``.
+    """Adds the low-rank updates that the processor holds as ``{projection}_{suffix}``.
 
     Their weight is the processor's `lora_weights[name]`, or 1.
+
+    Args:
+        name: Tells updates of one processor apart; the suffix is ``{name}_lora``, for the name
+            "lora" that alone.
     """
 
     name: str = "lora"
 
+    @property
+    def suffix(self) -> str:
+        """What the updates' names end in."""
+        return "lora" if self.name == "lora" else f"{self.name}_lora"
+
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
-        update = getattr(at.proc, f"{name}_{self.name}", None)
+        update = getattr(at.proc, f"{name}_{self.suffix}", None)
         weight = at.proc.lora_weights.get(self.name, 1.0)
         if update is None or is_off(weight) or is_off(at.call.lora_scale):
             return y
@@ -103,14 +127,28 @@ class LoRA:
 
 def mount_lora(
     proc: Processor,
-    widths: dict[str, tuple[int, int]],
+    sizes: dict[str, tuple[int, int]],
     rank: int,
     network_alpha: float | None,
     name: str = "lora",
 ) -> None:
-    """Gives `proc` a low-rank update for each projection of `widths` (input and output width)."""
-    for projection, (wide, out) in widths.items():
-        setattr(proc, f"{projection}_{name}", LoRALinear(wide, out, rank, network_alpha))
+    """Gives `proc` a low-rank update for each projection of `sizes` (input and output width)."""
+    for projection, (wide, out) in sizes.items():
+        update = LoRALinear(wide, out, rank, network_alpha)
+        setattr(proc, f"{projection}_{LoRA(name).suffix}", update)
+
+
+def widths(
+    attn: nn.Module, projections: Iterable[str] = PROJECTIONS
+) -> dict[str, tuple[int, int]]:
+    """Input and output width of those projections that an attention module has."""
+    found = {}
+    for name in projections:
+        layer = getattr(attn, name, None)
+        layer = layer[0] if isinstance(layer, nn.ModuleList) else layer
+        if hasattr(layer, "in_features"):
+            found[name] = (layer.in_features, layer.out_features)
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,6 +157,8 @@ class CustomDiffusion:
 
     Source: https://arxiv.org/abs/2212.04488
     """
+
+    name: ClassVar[str] = "custom_diffusion"
 
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
         layer = getattr(at.proc, f"{name}_custom_diffusion", None)
@@ -130,24 +170,21 @@ class CustomDiffusion:
 
 
 def mount_custom_diffusion(
-    proc: Processor,
-    hidden_size: int | None,
-    cross_attention_dim: int | None,
-    out_bias: bool,
-    dropout: float,
+    proc: Processor, sizes: dict[str, tuple[int, int]], out_bias: bool, dropout: float
 ) -> None:
-    """Gives `proc` the projections that its `train_kv` and `train_q_out` name."""
-    proc.hidden_size, proc.cross_attention_dim = hidden_size, cross_attention_dim
-    if (proc.train_kv or proc.train_q_out) and hidden_size is None:
-        raise ValueError(
-            "hidden_size is None: it is needed with train_kv or train_q_out; "
-            "give the width of the attention layer"
-        )
+    """Gives `proc` the projections that its `train_kv` and `train_q_out` name.
+
+    Args:
+        proc: The processor.
+        sizes: Input and output width of `to_q`, `to_k`, `to_v` and `to_out`.
+        out_bias: Whether the output projection has a bias.
+        dropout: Probability of the dropout after it.
+    """
     if proc.train_kv:
-        width = cross_attention_dim or hidden_size
-        proc.to_k_custom_diffusion = nn.Linear(width, hidden_size, bias=False)
-        proc.to_v_custom_diffusion = nn.Linear(width, hidden_size, bias=False)
+        proc.to_k_custom_diffusion = nn.Linear(*sizes["to_k"], bias=False)
+        proc.to_v_custom_diffusion = nn.Linear(*sizes["to_v"], bias=False)
     if proc.train_q_out:
-        proc.to_q_custom_diffusion = nn.Linear(hidden_size, hidden_size, bias=False)
-        out = nn.Linear(hidden_size, hidden_size, bias=out_bias)
+        proc.to_q_custom_diffusion = nn.Linear(*sizes["to_q"], bias=False)
+    if proc.train_q_out and "to_out" in sizes:
+        out = nn.Linear(*sizes["to_out"], bias=out_bias)
         proc.to_out_custom_diffusion = nn.ModuleList([out, nn.Dropout(dropout)])

@@ -13,11 +13,12 @@ from torch import nn
 from .engine import attend
 from .schedules import Weight
 from .types import Call, Recipe
+from .verbs import Verbs
 
 __all__ = ["KernelSetting", "Processor", "Setting"]
 
 
-class Processor(nn.Module):
+class Processor(Verbs, nn.Module):
     """An attention processor: calls the line with its recipe.
 
     Subclasses give a `recipe`, a `__call__` signature (`attnproc.calls`) and, where they hold

@@ -39,6 +39,11 @@ CUSTOM = PLAIN.but(
 )
 
 
+def attention_widths(wide: int, own: int) -> dict[str, tuple[int, int]]:
+    """Input and output width of the projections of a layer `own` wide, its context `wide`."""
+    return {"to_q": (own, own), "to_k": (wide, own), "to_v": (wide, own), "to_out": (own, own)}
+
+
 class IPAdapterAttnProcessor2_0(PromptCall):
     """Attention plus one attention an image prompt (IP-Adapter).
 
@@ -118,7 +123,16 @@ class CustomDiffusionAttnProcessor2_0(PlainCall):
     ) -> None:
         super().__init__()
         self.train_kv, self.train_q_out = train_kv, train_q_out
-        mount_custom_diffusion(self, hidden_size, cross_attention_dim, out_bias, dropout)
+        self.hidden_size, self.cross_attention_dim = hidden_size, cross_attention_dim
+        if not (train_kv or train_q_out):
+            return
+        if hidden_size is None:
+            raise ValueError(
+                "hidden_size is None: it is needed with train_kv or train_q_out; give the width "
+                "of the attention layer"
+            )
+        wide = cross_attention_dim or hidden_size
+        mount_custom_diffusion(self, attention_widths(wide, hidden_size), out_bias, dropout)
 
 
 class CustomDiffusionAttnProcessor(CustomDiffusionAttnProcessor2_0):
@@ -180,7 +194,7 @@ class LoRAAttnProcessor2_0(LoRACall):
     @staticmethod
     def _widths(wide: int, own: int) -> dict[str, tuple[int, int]]:
         """Input and output width of each adapted projection."""
-        return {"to_q": (own, own), "to_k": (wide, own), "to_v": (wide, own), "to_out": (own, own)}
+        return attention_widths(wide, own)
 
 
 class LoRAAttnProcessor(LoRAAttnProcessor2_0):
