@@ -11,23 +11,24 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .interop import processors, put
-from .kernels.reference import expand_heads
+from .kernels.reference import expand_heads, factor, masked_scores
+from .kernels.visible import OfRows, merged, structure, values
+from .on import Kind, kind_of
 from .processor import Processor
-from .types import KernelCall, Keys, Scoring
+from .types import KernelCall, Scoring
 
 __all__ = ["Capture", "Maps", "capture", "key_weights"]
 
 # Scores held at a time, over batch, heads, queries of a chunk and all keys.
 _CHUNK = 1 << 22
 
-Kind = Literal["cross", "self", "joint"]
 Words = Mapping[str, int | Sequence[int]] | Sequence[int] | None
 
 
@@ -98,18 +99,20 @@ class Maps:
         rows = slice(index * batch // count, (index + 1) * batch // count)
         q, k = q.detach()[rows], k.detach()[rows]
         scoring = _of_rows(scoring, rows, batch)
-        queries, texts = _seen(scoring, q.shape[2], k.shape[2])
+        queries, texts = _image_queries(scoring, q.shape[2]), _text_keys(scoring, k.shape[2])
 
-        if self.keys is None:
-            found = key_weights(q, k, torch.arange(k.shape[2])[texts], scoring, queries)
-        else:
-            columns = [i for group in self.keys.values() for i in group]
-            _check(columns, len(range(k.shape[2])[texts]))
-            chosen = torch.tensor(columns) + range(k.shape[2])[texts].start
-            each = key_weights(q, k, chosen, scoring, queries)
-            sizes = [len(group) for group in self.keys.values()]
-            found = torch.stack([t.sum(dim=-1) for t in torch.split(each, sizes, dim=-1)], dim=-1)
-        self.sums[layer] = found + self.sums[layer] if layer in self.sums else found
+        groups = [[i] for i in range(len(texts))] if self.keys is None else self.keys.values()
+        columns = [i for group in groups for i in group]
+        _check(columns, len(texts))
+        each = key_weights(q, k, torch.tensor(columns) + texts.start, scoring, queries)
+        sizes = [len(group) for group in groups]
+        if max(sizes) > 1:
+            each = torch.stack([t.sum(dim=-1) for t in torch.split(each, sizes, dim=-1)], dim=-1)
+        self._add(layer, each)
+
+    def _add(self, layer: str, weights: Tensor) -> None:
+        before = self.sums.get(layer)
+        self.sums[layer] = weights if before is None else before + weights
         self.calls[layer] = self.calls.get(layer, 0) + 1
 
     def _of(self, layers: str, tokens: int | None) -> list[Tensor]:
@@ -229,39 +232,26 @@ def key_weights(
         Their weights ``[B, Q, n]``, mean over heads, in float32 at least. Queries with nothing to
         attend to have none.
     """
+    batch, heads, total, keys_total = *q.shape[:3], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     k, keys = expand_heads(k, q).to(wide).transpose(-1, -2), keys.to(q.device)
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
-    start, stop, _ = (queries or slice(None)).indices(q.shape[2])
-    step = max(1, _CHUNK // (q.shape[0] * q.shape[1] * k.shape[-1]))
+    mask, every = values(scoring), slice(0, keys_total)
+    start, stop, _ = (queries or slice(None)).indices(total)
+    step = max(1, _CHUNK // (batch * heads * keys_total))
 
     found: list[Tensor] = []
     for first in range(start, stop, step):
         rows = slice(first, min(first + step, stop))
-        scores = _masked((q[:, :, rows].to(wide) @ k) * scale, scoring, rows)  # [B, H, rows, K]
-        total = scores.logsumexp(dim=-1, keepdim=True)
-        weights = (scores[..., keys] - total).exp().masked_fill(total == -torch.inf, 0)
+        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        seen = merged(part, structure(scoring, rows, every, batch, heads, q.device))
+        scores = (q[:, :, rows].to(wide) @ k) * factor(q, scoring)
+        scores = masked_scores(scores, seen)  # [B, H, rows, K]
+        norm = scores.logsumexp(dim=-1, keepdim=True)
+        weights = (scores[..., keys] - norm).exp().masked_fill(norm == -torch.inf, 0)
         if scoring.keep is not None:
             weights = weights * scoring.keep[:, None, rows, None]
         found.append(weights.mean(dim=1))
     return torch.cat(found, dim=1)
-
-
-def _masked(scores: Tensor, scoring: Scoring, rows: slice) -> Tensor:
-    """Scores of the queries `rows`; what may not be seen is -inf."""
-    mask = scoring.mask
-    if mask is not None:
-        values = mask.valid[:, None, None] if isinstance(mask, Keys) else mask.values
-        values = values if values.shape[2] == 1 else values[:, :, rows]
-        if values.dtype == torch.bool:
-            scores = scores.masked_fill(~values, -torch.inf)
-        else:
-            scores = scores + values
-    if scoring.causal:
-        key = torch.arange(scores.shape[-1], device=scores.device)
-        query = torch.arange(rows.start, rows.stop, device=scores.device)
-        scores = scores.masked_fill(key > query[:, None], -torch.inf)
-    return scores
 
 
 def _of_rows(scoring: Scoring, rows: slice, batch: int) -> Scoring:
@@ -269,15 +259,21 @@ def _of_rows(scoring: Scoring, rows: slice, batch: int) -> Scoring:
     mask, keep = scoring.mask, scoring.keep
     if mask is not None and mask[0].shape[0] == batch:
         mask = type(mask)(mask[0][rows])
-    return scoring._replace(mask=mask, keep=None if keep is None else keep[rows])
+    mods = tuple(OfRows(mod, rows.start) for mod in scoring.mods)
+    return scoring._replace(mask=mask, mods=mods, keep=None if keep is None else keep[rows])
 
 
-def _seen(scoring: Scoring, queries: int, keys: int) -> tuple[slice, slice]:
-    """The image's queries and, of a joint sequence, the text's keys."""
-    if scoring.image is None:
-        return slice(0, queries), slice(0, keys)
-    start, stop = scoring.image
-    return slice(start, stop), slice(0, start) if start else slice(stop, keys)
+def _image_queries(scoring: Scoring, queries: int) -> slice:
+    start, stop = scoring.image or (0, queries)
+    return slice(start, stop)
+
+
+def _text_keys(scoring: Scoring, keys: int) -> range:
+    """The keys that may be chosen: of a joint sequence those of the text."""
+    if scoring.image_keys is None:
+        return range(keys)
+    start, stop = scoring.image_keys
+    return range(start) if start else range(stop, keys)
 
 
 def _grid(weights: Tensor, aspect: float) -> Tensor:
@@ -308,13 +304,7 @@ def _check(columns: list[int], keys: int) -> None:
 
 
 def _modules(model: nn.Module, kind: Kind) -> list[tuple[str, Any]]:
-    return [(path, attn) for path, attn in processors(model) if _kind(attn) == kind]
-
-
-def _kind(attn: nn.Module) -> Kind:
-    if getattr(attn, "added_kv_proj_dim", None) is not None:
-        return "joint"
-    return "cross" if getattr(attn, "is_cross_attention", False) else "self"
+    return [(path, attn) for path, attn in processors(model) if kind_of(attn) == kind]
 
 
 def _matches(path: str, patterns: list[str]) -> bool:

@@ -127,7 +127,7 @@ def _kernel_missing(kernel: Kernel) -> str | None:
     q = torch.zeros(1, 1, 8, 8)
     try:
         kernel(q, q, q, Scoring())
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         return str(error)
     return None
 

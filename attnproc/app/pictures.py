@@ -63,6 +63,8 @@ def sheet(pictures: Sequence[Image.Image], maps: Maps, title: str) -> Image.Imag
         for ax, word, weight in zip(tiles[1:], words, weights[i], strict=False):
             _overlay(ax, picture, weight.numpy())
             ax.set_title(textwrap.shorten(word, 20, placeholder="…"), fontsize=10, weight="bold")
+        for ax in tiles[len(words) + 1 :]:
+            ax.remove()
     return _drawn(figure)
 
 
@@ -85,7 +87,7 @@ def _tiles(columns: int, rows: int, side: float, title: str) -> tuple[Any, Any]:
     """A figure of square tiles without axes, `side` inches each."""
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(columns * side, rows * (side + 0.3) + 0.4), layout="constrained")
+    figure: Any = Figure(figsize=(columns * side, rows * (side + 0.2) + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
