@@ -53,7 +53,6 @@ def compiled(settings: list[Setting]) -> None:
         torch.testing.assert_close(out, run(*args), rtol=1e-4, atol=1e-5)
 
 
-
 @each(RICHEST.values())
 def test_one_graph_in_the_richest_configuration(case: Case) -> None:
     assert graph_breaks(case, OWN) == 0

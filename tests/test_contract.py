@@ -81,7 +81,9 @@ def test_call(cls: str) -> None:
 @pytest.mark.parametrize("cls", WITHOUT_LORA)
 def test_call_tolerates_what_diffusers_tolerates(cls: str) -> None:
     ours, theirs = getattr(attnproc, cls).__call__, reference_class(cls).__call__
-    variadic = [[p.kind for p in parameters(call) if p.kind in VARIADIC] for call in (ours, theirs)]
+    variadic = [
+        [p.kind for p in parameters(call) if p.kind in VARIADIC] for call in (ours, theirs)
+    ]
     assert variadic[0] == variadic[1]
     named = {p.name for p in parameters(ours) if p.kind is p.KEYWORD_ONLY}
     assert named <= EXTRA

@@ -161,13 +161,9 @@ IMAGE_PROMPT = Family(
     {
         "one": Option(),
         "tokens": _init(num_tokens=4),
-        "two": Option(
-            init={"num_tokens": (4, 3), "scale": [0.6, 1.3]}, inputs={CONTEXT: IP_TWO}
-        ),
+        "two": Option(init={"num_tokens": (4, 3), "scale": [0.6, 1.3]}, inputs={CONTEXT: IP_TWO}),
         "off": _init(scale=0.0),
-        "images": _inputs(
-            encoder_hidden_states=(Normal((B, K, TEXT)), [Normal((B, 2, 4, TEXT))])
-        ),
+        "images": _inputs(encoder_hidden_states=(Normal((B, K, TEXT)), [Normal((B, 2, 4, TEXT))])),
         "joined": _inputs(encoder_hidden_states=Normal((B, K + 4, TEXT))),
         "masked": _inputs(
             encoder_hidden_states=(Normal((B, K, TEXT)), [Normal((B, 1, 4, TEXT))]),
@@ -247,12 +243,8 @@ JOINT = Family(
         "keys": _mask("keys", *BOTH),
         "bias": _mask("bias", *BOTH),
         "bias_q": _mask("bias_heads", *BOTH),
-        "pag2": _inputs(
-            hidden_states=Normal((4, Q, C)), encoder_hidden_states=Normal((4, 5, C))
-        ),
-        "pag3": _inputs(
-            hidden_states=Normal((6, Q, C)), encoder_hidden_states=Normal((6, 5, C))
-        ),
+        "pag2": _inputs(hidden_states=Normal((4, Q, C)), encoder_hidden_states=Normal((4, 5, C))),
+        "pag3": _inputs(hidden_states=Normal((6, Q, C)), encoder_hidden_states=Normal((6, 5, C))),
         "pag2_grid": _inputs(
             hidden_states=Normal((4, C, 3, 4)), encoder_hidden_states=Normal((4, 5, C))
         ),
@@ -264,9 +256,7 @@ JOINT = Family(
             init={"hidden_size": C, "ip_hidden_states_dim": 20, "head_dim": DIM},
             inputs={"ip_hidden_states": Normal((B, 4, 20)), "temb": Normal((B, 16))},
         ),
-        "no_ip": Option(
-            init={"hidden_size": C, "ip_hidden_states_dim": 20, "head_dim": DIM}
-        ),
+        "no_ip": Option(init={"hidden_size": C, "ip_hidden_states_dim": 20, "head_dim": DIM}),
         "small_temb": _init(timesteps_emb_dim=16),
         "louder": _init(scale=1.5),
         "off": _init(scale=0.0),
@@ -365,7 +355,9 @@ LUMINA = Family(
     ),
     {
         "cross": COMMON["cross"],
-        "grid": _inputs(hidden_states=Normal((B, C, 3, 4)), encoder_hidden_states=Normal((B, Q, C))),
+        "grid": _inputs(
+            hidden_states=Normal((B, C, 3, 4)), encoder_hidden_states=Normal((B, Q, C))
+        ),
         "mha": _module(kv_heads=HEADS),
         "rope": _inputs(query_rotary_emb=Turns(DIM), key_rotary_emb=Turns(DIM)),
         "query_rope": _inputs(query_rotary_emb=Turns(DIM)),
@@ -388,7 +380,7 @@ MOCHI = Family(
     {
         "padded": Option(),
         "whole": _mask("ones", CONTEXT),
-        "scattered": _mask("keys", CONTEXT),
+        "scattered": _mask("gaps", CONTEXT),
         "no_mask": _inputs(attention_mask=None),
         "rope": _inputs(image_rotary_emb=Turns(DIM, HEADS)),
         "eps": _module(eps=1e-3),
@@ -429,114 +421,76 @@ MULTISCALE = Family(
     kind="multiscale",
 )
 
-_QK = ("qk_layer", "qk_plain", "qk_fp32", "qk_rms", "qk_l2")
+# fmt: off
+_QK = (
+    "qk_layer", "qk_plain", "qk_fp32", "qk_rms", "qk_l2",
+)
 _UNET = (
-    "self",
-    "self bias",
-    "self bias_q",
-    "self bias_heads",
-    "self qkv_bias no_out_bias",
-    "self wide",
-    "self dropout",
-    "cross",
-    "cross bias",
-    "cross ln_cross",
-    "cross gn_cross bias",
-    "grid residual",
-    "grid cross bias residual",
-    "spatial",
+    "self", "self bias", "self bias_q", "self bias_heads", "self qkv_bias no_out_bias",
+    "self wide", "self dropout", "cross", "cross bias", "cross ln_cross",
+    "cross gn_cross bias", "grid residual", "grid cross bias residual", "spatial",
     "spatial grid residual",
 )
-_BOOLS = ("self bool3", "cross keys", "cross bool3")
-_WRONG_QK = ("! self qk_layer", "! cross bias qk_rms", "! self qk_l2", "! grid qk_fp32")
+_BOOLS = (
+    "self bool3", "cross keys", "cross bool3",
+)
+_WRONG_QK = (
+    "! self qk_layer", "! cross bias qk_rms", "! self qk_l2", "! grid qk_fp32",
+)
 _ADDED = (
-    "text",
-    "text bias",
-    "text residual",
-    "text gn_cross bias",
-    "ln_cross",
-    "flat",
-    "alone",
-    "only_cross",
-    "same_length",
-    "text upcast",
-    "text dropout",
-    "! same_length bias",
+    "text", "text bias", "text residual", "text gn_cross bias", "ln_cross", "flat", "alone",
+    "only_cross", "same_length", "text upcast", "text dropout", "! same_length bias",
     "! only_cross bias",
 )
 _CUSTOM = (
-    "self",
-    "self q_out",
-    "self no_q_out",
-    "self no_kv",
-    "cross",
-    "cross no_kv q_out",
-    "cross no_q_out ln_cross",
-    "cross q_out no_bias gn_cross",
-    "cross q_out own_dropout",
+    "self", "self q_out", "self no_q_out", "self no_kv", "cross", "cross no_kv q_out",
+    "cross no_q_out ln_cross", "cross q_out no_bias gn_cross", "cross q_out own_dropout",
     "! cross bias",
 )
-_LORA = ("self", "cross", "cross alpha", "cross bias alpha scale", "self qkv_bias alpha")
+_LORA = (
+    "self", "cross", "cross alpha", "cross bias alpha scale", "self qkv_bias alpha",
+)
 _IP = (
-    "one",
-    "one bias",
-    "one tokens joined",
-    "off",
-    "images",
-    "two",
-    "two grid residual bias",
-    "one ln_cross",
-    "one spatial",
-    "one dropout",
+    "one", "one bias", "one tokens joined", "off", "images", "two", "two grid residual bias",
+    "one ln_cross", "one spatial", "one dropout",
 )
-_IP_MASKS = ("masked", "mask_tensor", "two_masked grid", "some_masked", "odd_mask")
+_IP_MASKS = (
+    "masked", "mask_tensor", "two_masked grid", "some_masked", "odd_mask",
+)
 _JOINT = (
-    "text",
-    "text pre_only",
-    "narrow",
-    "text qk_rms",
-    "text qk_layer pre_only",
-    "narrow qk_fp32",
-    "text dropout",
+    "text", "text pre_only", "narrow", "text qk_rms", "text qk_layer pre_only",
+    "narrow qk_fp32", "text dropout",
 )
-_JOINT_WRONG = ("! text keys", "! text bias qk_rms", "! text bias_q", "! text no_scale")
-_PAG = ("! {n} qk_layer", "! {n} no_scale", "! {n} gqa", "! {n}_bias qk_rms")
+_JOINT_WRONG = (
+    "! text keys", "! text bias qk_rms", "! text bias_q", "! text no_scale",
+)
+_PAG = (
+    "! {n} qk_layer", "! {n} no_scale", "! {n} gqa", "! {n}_bias qk_rms",
+)
 _AURA = (
-    "text",
-    "alone",
-    "narrow",
-    "text qk_rms",
-    "text no_qk",
-    "text no_scale",
-    "text dropout",
+    "text", "alone", "narrow", "text qk_rms", "text no_qk", "text no_scale", "text dropout",
     "! text pre_only",
 )
 _FLUX = (
-    "double",
-    "double rope",
-    "double rope mask",
-    "narrow rope no_added_bias",
-    "double dropout",
-    "single",
-    "single rope",
-    "single rope mask",
+    "double", "double rope", "double rope mask", "narrow rope no_added_bias", "double dropout",
+    "single", "single rope", "single rope mask",
 )
-_FLUX_FUSED = ("double rope fused", "single rope fused", "narrow fused")
+_FLUX_FUSED = (
+    "double rope fused", "single rope fused", "narrow fused",
+)
 _HUNYUAN = (
-    "self",
-    "self rope",
-    "self rope bias",
-    "self no_qk rope keys",
-    "self qk_rms",
-    "grid residual rope",
-    "spatial",
-    "cross rope",
-    "cross keys ln_cross",
-    "self dropout",
+    "self", "self rope", "self rope bias", "self no_qk rope keys", "self qk_rms",
+    "grid residual rope", "spatial", "cross rope", "cross keys ln_cross", "self dropout",
     "! self rope no_scale",
 )
-_COGVIDEO = ("text", "text rope", "text no_qk", "cross rope", "text rope dropout", "! text no_scale")
-_SANA = ("self", "! self keys", "! self bias", "self qkv_bias no_out_bias", "self dropout")
+_COGVIDEO = (
+    "text", "text rope", "text no_qk", "cross rope", "text rope dropout", "! text no_scale",
+)
+_SANA = (
+    "self", "! self keys", "! self bias", "self qkv_bias no_out_bias", "self dropout",
+)
+# fmt: on
+
 
 def _with(tail: str, lines: tuple[str, ...]) -> tuple[str, ...]:
     """`lines` with further options behind."""

@@ -64,7 +64,7 @@ def compare(case: Case, golden: Mapping[str, Tensor] | None = None) -> Outcome:
 
     Args:
         case: the configuration.
-        golden: stored results; then our own modules carry the processor, and diffusers is not used.
+        golden: stored results; then our own modules carry the processor, without diffusers.
 
     Returns:
         The worst error and what failed.

@@ -56,7 +56,7 @@ def npu_fusion_attention(
     **tuning: Any,
 ) -> tuple[Tensor, ...]:
     """torch_npu: BNSD; `pse` is added before the scale, True in the mask hides a key."""
-    assert input_layout == "BNSD" and query.shape[1] == head_num and keep_prob == 1.0
+    assert (input_layout, head_num, keep_prob) == ("BNSD", query.shape[1], 1.0)
     bias = torch.zeros(1, 1, 1, 1) if pse is None else pse.float() * scale
     if atten_mask is not None:
         bias = bias.expand(*bias.shape[:2], *atten_mask.shape[-2:])
@@ -69,13 +69,10 @@ def flash_attention(
     k: Tensor,
     v: Tensor,
     causal: bool = False,
-    q_segment_ids: Tensor | None = None,
-    kv_segment_ids: Tensor | None = None,
-    sm_scale: float = 1.0,
     *,
+    sm_scale: float = 1.0,
     ab: Tensor | None = None,
-    partition_spec: Any = None,
-    mesh: Any = None,
+    **placement: Any,
 ) -> Tensor:
     """torch_xla's Pallas kernel: BHSD, scores unscaled by default, `ab` added before the scale."""
     bias = torch.zeros(1, 1, 1, 1) if ab is None else ab.float() * sm_scale

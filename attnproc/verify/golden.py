@@ -41,6 +41,8 @@ def make_golden() -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     made = make_golden()
-    source = {"made by": f"diffusers {version('diffusers')}, torch {torch.__version__}, float64, CPU"}
+    source = {
+        "made by": f"diffusers {version('diffusers')}, torch {torch.__version__}, float64, CPU"
+    }
     save_file(made, PATH, metadata=source)
     print(f"{PATH.name}: {len(made)} tensors, {PATH.stat().st_size / 2**20:.2f} MiB")

@@ -67,11 +67,10 @@ def _bias(mask: Any, q: Tensor, keys: int) -> Tensor | float:
         return 0.0
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -math.inf)
-    batch, heads = q.shape[:2]
     if mask.ndim == 2:
         mask = mask[:, None, None]
     elif mask.ndim == 3:
-        mask = mask.reshape(batch, -1, *mask.shape[1:])
+        mask = mask.reshape(len(q), -1, *mask.shape[1:])
     return F.pad(mask, (0, keys - mask.shape[-1]))
 
 
@@ -364,12 +363,12 @@ def _sana(cls: str, attn: Any, processor: Any, inputs: Inputs) -> tuple[Tensor, 
     x = inputs["hidden_states"]
     context = inputs.get("encoder_hidden_states")
     q, k, v = _project(attn, x, x if context is None else context)
-    bias = _bias(inputs.get("attention_mask"), q, k.shape[2])
-    weights = q.relu() @ k.relu().mT * torch.as_tensor(bias).exp()
-    o = weights @ v / (weights.sum(dim=-1, keepdim=True) + 1e-15)
-    if chunks := _chunks(cls):
-        cut = len(x) // chunks * (chunks - 1)
-        o = torch.cat([o[:cut], v[cut:]])
+    cut = len(x) - (len(x) // chunks if (chunks := _chunks(cls)) else 0)
+    bias = torch.as_tensor(_bias(inputs.get("attention_mask"), q[:cut], k.shape[2]))
+    weights = q[:cut].relu() @ k[:cut].relu().mT * bias.exp()
+    o = weights @ v[:cut] / (weights.sum(dim=-1, keepdim=True) + 1e-15)
+    if cut < len(x):
+        o = torch.cat([o, v[cut:]])
     return (_out(attn, _merge(o)),)
 
 

@@ -31,7 +31,7 @@ __all__ = [
     "weight",
 ]
 
-Form = Literal["keys", "bool3", "bool4", "bias", "bias_q", "bias_heads", "prefix", "ones"]
+Form = Literal["keys", "bool3", "bool4", "bias", "bias_q", "bias_heads", "prefix", "gaps", "ones"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Mask:
     Args:
         form: `keys` [B, K] bool, `bool3` [B, 1, K] bool, `bool4` [B, 1, 1, K] bool, `bias`
             [B, 1, K] added, `bias_q` [B, Q, K] added, `bias_heads` [B*H, 1, K] added,
-            `prefix` [B, K] bool with the padding last, `ones` [B, K] bool with no padding.
+            `prefix` [B, K] bool with the padding last, `gaps` with every other key, `ones` with all.
         over: names of the inputs whose lengths add up to K; empty: the context's, else x's.
         batch: the mask's batch, where it differs from x's (PAG: the unperturbed part).
         heads: heads of the module, for `bias_heads`.
@@ -218,8 +218,10 @@ def _mask(case: str, spec: Mask, made: Mapping[str, Any]) -> Tensor:
         attend = torch.ones_like(attend)
     if spec.form == "prefix":
         attend = torch.arange(keys) < 2 + torch.arange(batch)[:, None, None]
+    if spec.form == "gaps":
+        attend = (torch.arange(keys) % 2 == 0).repeat(batch, 1, 1)
     attend[..., 0] = True
-    if spec.form in ("keys", "prefix", "ones"):
+    if spec.form in ("keys", "prefix", "gaps", "ones"):
         return attend[:, 0]
     if spec.form in ("bool3", "bool4"):
         return attend if spec.form == "bool3" else attend[:, None]
