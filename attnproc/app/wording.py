@@ -77,5 +77,5 @@ def _labelled(words: Sequence[Word]) -> dict[str, int]:
     for word in words:
         seen[word.text] += 1
         again = seen[word.text]
-        positions[word.text if again == 1 else f"{word.text} ({again})"] = word.index
+        positions[word.text if again == 1 else f"{word.text} ({again})"] = word.token
     return positions
