@@ -2,6 +2,7 @@
 
 from . import presets
 from .attention import Attention, MochiAttention, SanaMultiscaleLinearAttention
+from .capture import Maps, capture
 from .interop import SwapReport, restore, swap
 from .kernels import Kernel, register_kernel
 from .on import Layers, Snapshot, on
@@ -18,6 +19,7 @@ __all__ = [
     "Clock",
     "Kernel",
     "Layers",
+    "Maps",
     "MochiAttention",
     "Processor",
     "Recipe",
@@ -25,6 +27,7 @@ __all__ = [
     "Schedule",
     "Snapshot",
     "SwapReport",
+    "capture",
     "on",
     "register_kernel",
     "restore",
