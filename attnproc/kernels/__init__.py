@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .base import GROUP, Kernel, named, register_kernel, registered
-from .chunked import CHUNKED
 from .choice import choose, set_backend
+from .chunked import CHUNKED
+from .explain import Explanation, explain
 from .external import NPU, STRICT, XFORMERS, XLA
 from .flash import FLASH2, FLASH3, FLASH4
 from .flex import FLEX
+from .functional import attention
 from .guard import Guard, Inaccurate
 from .hub import HUB, use_hub
 from .linear import RELU_ADAPTIVE, RELU_LINEAR
@@ -41,14 +43,17 @@ __all__ = [
     "XFORMERS",
     "XLA",
     "Ask",
+    "Explanation",
     "Guard",
     "Inaccurate",
     "Kernel",
     "Refused",
     "Takes",
     "ask",
+    "attention",
     "backend",
     "choose",
+    "explain",
     "named",
     "register_kernel",
     "registered",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..types import Scoring
 from .names import ALIASES
-from .takes import Takes, constant
+from .takes import ANYTHING, Takes, constant
 
 __all__ = ["GROUP", "Kernel", "named", "package", "register_kernel", "registered"]
 
@@ -27,7 +27,7 @@ _PENDING: dict[str, Any] | None = None
 
 @dataclass(frozen=True)
 class Kernel:
-    """Computes attention of q ``[B, H, Q, D]``, k and v ``[B, H', K, D]``, giving ``[B, H, Q, D]``.
+    """Attention of q ``[B, H, Q, D]`` to k and v ``[B, H', K, D]``, giving ``[B, H, Q, D]``.
 
     Calling it runs it as it is; whether it takes the call is checked where a kernel is chosen.
 
@@ -44,7 +44,7 @@ class Kernel:
     run: Callable[..., Tensor]
     options: tuple[Any, ...] = ()
     linear: bool = False
-    takes: Takes = Takes()
+    takes: Takes = ANYTHING
     with_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..types import KernelCall, Scoring
 from .base import Kernel, named
-from .plan import AUTO, bound
+from .plan import AUTO, checked
 from .scope import Scope, scope
 from .takes import KINDS
 
@@ -34,14 +35,16 @@ def choose(kernel: Kernel, proc: Processor) -> KernelCall:
         name = proc._attention_backend
     wish = scope() if name is None else Scope(name)
     if wish is None:
-        return kernel if kernel.takes.masks == KINDS else bound(kernel, None)
+        return kernel if kernel.takes.masks == KINDS else partial(checked, kernel, None)
     return resolved(wish)
 
 
-def resolved(wish: Scope) -> KernelCall:
+def resolved(wish: Scope, lse: bool = False) -> Callable[..., Any]:
     """The kernel call that a wish leads to: checked, and guarded if so wished."""
     kernel = named(wish.name)
-    call = kernel if kernel.name == AUTO.name else bound(kernel, wish.fallback)
+    if lse:
+        return partial(checked, kernel, wish.fallback, lse=True)
+    call = kernel if kernel.name == AUTO.name else partial(checked, kernel, wish.fallback)
     return call if wish.guard is None else partial(_guarded, wish, call)
 
 

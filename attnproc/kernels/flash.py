@@ -18,7 +18,7 @@ from ..types import Keys, Scoring
 from .base import Kernel, package
 from .packed import pack, packable, span
 from .reference import factor
-from .takes import HALF, Ask, Takes
+from .takes import HALF, Takes
 from .visible import limits
 
 __all__ = ["FLASH2", "FLASH3", "FLASH4", "Library", "flash", "flash_lse"]
@@ -109,24 +109,19 @@ def _names(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _also(asked: Ask) -> str | None:
-    if asked.dim != asked.v_dim:
-        return f"{asked.v_dim} channels a head in values: it takes as many as in keys"
-    return packable(asked)
-
-
 def _kernel(name: str, library: Library, **changes: Any) -> Kernel:
     takes = Takes(
         devices=("cuda",),
         dtypes=HALF,
         dims=(8, 256, 8),
+        any_v=False,
         masks=frozenset({"keys", "causal", "window"}),
         lse=True,
         deterministic=False,
         traceable=False,
         needs=library.module,
         install=library.install,
-        also=_also,
+        also=packable,
     )
     return Kernel(name, flash, (library,), takes=replace(takes, **changes), with_lse=flash_lse)
 
@@ -136,7 +131,7 @@ FLASH2 = _kernel(
 )
 FLASH3 = _kernel(
     "flash3",
-    Library("flash_attn_interface", "build the folder hopper of github.com/Dao-AILab/flash-attention"),
+    Library("flash_attn_interface", "build hopper/ of github.com/Dao-AILab/flash-attention"),
 )
 FLASH4 = _kernel(
     "flash4", Library("flash_attn.cute", "pip install flash-attn-4", None, "return_lse")

@@ -50,7 +50,7 @@ class Guard:
                 error = error_of(o, exact(q, k, v, scoring))
             if not error <= self.max_error:
                 raise Inaccurate(
-                    f"backend {name!r}: its error is {error:.3g}, allowed are {self.max_error:.3g} "
+                    f"backend {name!r}: its error is {error:.3g}, allowed {self.max_error:.3g} "
                     f"(queries {list(q.shape)}, keys {list(k.shape)}, {q.dtype})"
                 )
         return o

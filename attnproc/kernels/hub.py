@@ -68,7 +68,8 @@ def use_hub(name: str, revision: str) -> None:
 
     kernel = named(name)
     if kernel not in HUB:
-        raise ValueError(f"name is {name!r}: kernels of the hub are {', '.join(k.name for k in HUB)}")
+        have = ", ".join(k.name for k in HUB)
+        raise ValueError(f"name is {name!r}: kernels of the hub are {have}")
     _CHOSEN[kernel.options[0].repo] = revision
     forget()
 

@@ -84,7 +84,13 @@ FLASH = Kernel(
     "flash_sdpa",
     pinned,
     (SDPBackend.FLASH_ATTENTION,),
-    takes=Takes(devices=("cpu", "cuda"), dropout=True, deterministic=False, also=_flash),
+    takes=Takes(
+        devices=("cpu", "cuda"),
+        any_v=False,
+        dropout=True,
+        deterministic=False,
+        also=_flash,
+    ),
 )
 CUDNN = Kernel(
     "cudnn",
@@ -94,6 +100,7 @@ CUDNN = Kernel(
         devices=("cuda",),
         dtypes=HALF,
         dims=(8, 128, 8),
+        any_v=False,
         masks=KINDS - {"learned"},
         dropout=True,
         deterministic=False,

@@ -14,7 +14,7 @@ __all__ = ["Packed", "pack", "packable", "span"]
 
 
 class Packed(NamedTuple):
-    """Tokens ``[B*K, H', D]``: the valid ones of all rows first, then zeros that no row reaches."""
+    """Tokens ``[B*K, H', D]``: the valid ones of all rows, then zeros that no row reaches."""
 
     k: Tensor
     v: Tensor
@@ -25,11 +25,12 @@ class Packed(NamedTuple):
 
 
 def pack(k: Tensor, v: Tensor, scoring: Scoring) -> Packed:
-    """Packs keys and values ``[B, H', K, D]``; sizes are static, so nothing waits for the device."""
+    """Packs keys and values ``[B, H', K, D]``; static sizes, so nothing waits for the device."""
     batch, _, keys, _ = k.shape
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (k, v)]  # [B*K, H', D]
     if not isinstance(scoring.mask, Keys):
-        return Packed(*flat, span(batch, keys, k.device), torch.zeros(batch, 1, device=k.device) > 0)
+        none = torch.zeros(batch, dtype=torch.bool, device=k.device)
+        return Packed(*flat, span(batch, keys, k.device), none)
     valid = scoring.mask.valid.expand(batch, -1)
     counts = valid.sum(dim=1, dtype=torch.int32)
     starts = torch.cat((counts.new_zeros(1), counts.cumsum(0, dtype=torch.int32)))

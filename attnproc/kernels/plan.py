@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 
 from torch import Tensor
 
-from ..types import KernelCall, Scoring
+from ..types import Scoring
 from .base import Kernel, registered
 from .chunked import CHUNKED
 from .flex import FLEX
@@ -20,7 +19,6 @@ __all__ = [
     "AUTO",
     "Refused",
     "automatic",
-    "bound",
     "checked",
     "forget",
     "lse_of",
@@ -49,9 +47,7 @@ def automatic_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Te
     return lse_of(pick(ask(q, k, v, scoring, lse=True)), q, k, v, scoring)
 
 
-AUTO = Kernel(
-    "auto", automatic, takes=Takes(dropout=True, lse=True), with_lse=automatic_lse
-)
+AUTO = Kernel("auto", automatic, takes=Takes(dropout=True, lse=True), with_lse=automatic_lse)
 
 
 def pick(asked: Ask) -> Kernel:
@@ -160,8 +156,3 @@ def _warn(name: str, reasons: tuple[str, ...]) -> None:
 def forget() -> None:
     """Drops the plans that were made, after a change of kernels or of the table."""
     _PLANS.clear()
-
-
-def bound(kernel: Kernel, fallback: str | None) -> KernelCall:
-    """`checked` of a kernel as a kernel call."""
-    return partial(checked, kernel, fallback)

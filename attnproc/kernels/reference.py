@@ -34,9 +34,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     return weights @ expand_heads(v, q)
 
 
-def reference_lse(
-    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
-) -> tuple[Tensor, Tensor]:
+def reference_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """`reference` and the log-sum-exp of its scores."""
     scores = masked_scores(_scores(q, k, scoring), dense_mask(scoring, q, k))
     return reference(q, k, v, scoring), scores.logsumexp(dim=-1)
@@ -57,7 +55,7 @@ def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights of scores ``[..., Q, K]`` under a bool or float mask; rows without a key are zero."""
+    """Weights of scores ``[..., Q, K]`` under a mask; rows without a key are zero."""
     if mask is None:
         return scores.softmax(dim=-1)
     if mask.dtype != torch.bool:

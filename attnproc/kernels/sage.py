@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..types import Keys, Scoring
+from ..types import Scoring
 from .base import Kernel, package
 from .packed import pack, packable, span
 from .reference import factor
-from .takes import HALF, Ask, Takes
+from .takes import HALF, Takes
 
 __all__ = ["SAGE", "sage"]
 
@@ -25,9 +24,7 @@ _INSTALL = "pip install sageattention (1.0.6), or build 2.2 from github.com/thu-
 def sage(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, function: str) -> Tensor:
     """A function of `sageattention`, on ``[B, H, S, D]``."""
     run = _function(function)
-    return run(
-        q, k, v, tensor_layout="HND", is_causal=scoring.causal, sm_scale=factor(q, scoring)
-    )
+    return run(q, k, v, tensor_layout="HND", is_causal=scoring.causal, sm_scale=factor(q, scoring))
 
 
 def sage_lse(
@@ -67,17 +64,12 @@ def _function(name: str) -> Any:
     return getattr(module, name)
 
 
-def _also(asked: Ask) -> str | None:
-    if asked.dim != asked.v_dim:
-        return f"{asked.v_dim} channels a head in values: it takes as many as in keys"
-    return packable(asked)
-
-
 def _takes(*masks: str, lse: bool) -> Takes:
     return Takes(
         devices=("cuda",),
         dtypes=HALF,
         dims=(1, 128, 1),
+        any_v=False,
         masks=frozenset(masks),
         backward=False,
         lse=lse,
@@ -85,7 +77,7 @@ def _takes(*masks: str, lse: bool) -> Takes:
         exact=False,
         needs="sageattention",
         install=_INSTALL,
-        also=_also,
+        also=packable,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..types import Bias, Keys, Scoring
 
 __all__ = [
+    "ANYTHING",
     "HALF",
     "KINDS",
     "Ask",
@@ -73,6 +75,7 @@ class Takes:
         devices: Types of devices; None is any.
         dtypes: None is any floating dtype.
         dims: Channels a head: least, most and what they are a multiple of.
+        any_v: Values of another width than queries and keys.
         masks: Kinds of masks, of `KINDS`.
         gqa: Fewer key than query heads.
         dropout: Dropout of the weights.
@@ -90,6 +93,7 @@ class Takes:
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     dims: tuple[int, int, int] = (1, 1 << 16, 1)
+    any_v: bool = True
     masks: frozenset[str] = KINDS
     gqa: bool = True
     dropout: bool = False
@@ -154,6 +158,7 @@ def why_not(takes: Takes, asked: Ask) -> list[str]:
     """The reasons why a kernel does not take a call; none if it does."""
     least, most, multiple = takes.dims
     refused = asked.kinds - takes.masks
+    taken = ", ".join(sorted(takes.masks)) or "none"
     found = [missing(takes.needs, takes.install)] if takes.needs else []
     checks = (
         (takes.devices is None or asked.device in takes.devices,
@@ -162,8 +167,10 @@ def why_not(takes: Takes, asked: Ask) -> list[str]:
          f"dtype {_short(asked.dtype)}: it takes {', '.join(map(_short, takes.dtypes or ()))}"),
         (least <= asked.dim <= most and asked.dim % multiple == 0,
          f"{asked.dim} channels a head: it takes {least} to {most} in steps of {multiple}"),
+        (takes.any_v or asked.v_dim == asked.dim,
+         f"{asked.v_dim} channels a head in values, {asked.dim} in keys: it takes as many"),
         (not refused,
-         f"mask {' & '.join(sorted(refused))}: it takes {', '.join(sorted(takes.masks)) or 'none'}"),
+         f"mask {' & '.join(sorted(refused))}: it takes {taken}"),
         (takes.gqa or asked.heads == asked.kv_heads,
          f"{asked.kv_heads} key heads for {asked.heads} query heads: it takes as many"),
         (takes.dropout or not asked.dropout, "dropout: it has none"),
@@ -184,11 +191,17 @@ def _short(dtype: torch.dtype) -> str:
 @constant
 def missing(module: str, install: str) -> str | None:
     """Why a module can't be imported, without importing it; None if it seems to be there."""
-    package = module.partition(".")[0]
-    if module in sys.modules:
+    if module in sys.modules or _is_found(module):
         return None
+    return f"{module.partition('.')[0]} is not installed: {install}"
+
+
+@functools.cache
+def _is_found(module: str) -> bool:
     try:
-        found = importlib.util.find_spec(module)
+        return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
-        found = None
-    return None if found else f"{package} is not installed: {install}"
+        return False
+
+
+ANYTHING = Takes()

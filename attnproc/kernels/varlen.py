@@ -8,7 +8,7 @@ from torch import Tensor
 from ..types import Scoring
 from .base import Kernel, package
 from .packed import pack, packable, span
-from .takes import HALF, Ask, Takes
+from .takes import HALF, Takes
 from .visible import limits
 
 __all__ = ["VARLEN", "varlen", "varlen_lse"]
@@ -47,14 +47,8 @@ def varlen_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tenso
     lse = lse if lse.shape[0] == heads else lse.transpose(0, 1)
     lse = lse.unflatten(1, (batch, queries)).transpose(0, 1)
     o = o.unflatten(0, (batch, queries)).transpose(1, 2)
-    empty = packed.empty.view(batch, -1)[:, :1, None]
+    empty = packed.empty[:, None, None]
     return o.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
-
-
-def _also(asked: Ask) -> str | None:
-    if asked.dim != asked.v_dim:
-        return f"{asked.v_dim} channels a head in values: it takes as many as in keys"
-    return packable(asked)
 
 
 VARLEN = Kernel(
@@ -64,12 +58,13 @@ VARLEN = Kernel(
         devices=("cuda",),
         dtypes=HALF,
         dims=(8, 256, 8),
+        any_v=False,
         masks=frozenset({"keys", "causal", "window"}),
         lse=True,
         deterministic=False,
         needs=_MODULE,
         install=_INSTALL,
-        also=_also,
+        also=packable,
     ),
     with_lse=varlen_lse,
 )
