@@ -9,6 +9,7 @@ written to a view is seen by the product, and gradients come to the three parame
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,13 +57,15 @@ def unpack(module: nn.Module) -> int:
     Returns:
         How many attention modules were unpacked.
     """
-    packed = [attn for _, attn in processors(module) if "packing" in attn._modules]
-    for attn in packed:
-        for parameters in attn.packing.parts():
-            for parameter in parameters:
+    packed = 0
+    for _, attn in processors(module):
+        packing = getattr(attn, "packing", None)
+        if isinstance(packing, Packing):
+            for parameter in itertools.chain.from_iterable(packing.parts()):
                 parameter.data = parameter.data.clone()
-        del attn.packing
-    return len(packed)
+            del attn.packing
+            packed += 1
+    return packed
 
 
 class Packing(nn.Module):
@@ -84,9 +87,10 @@ class Packing(nn.Module):
 
     def parts(self) -> list[list[nn.Parameter]]:
         """The parameters of each matrix and each bias."""
-        weights = [[layer.weight for layer in layers] for layers in self.groups]
-        biases = [[layer.bias for layer in layers] for layers in self.groups]
-        return weights + [parts for parts in biases if parts[0] is not None]
+        found = [
+            _parameters(layers, name) for layers in self.groups for name in ("weight", "bias")
+        ]
+        return [parts for parts in found if parts]
 
     @torch.no_grad()
     def join(self) -> None:
@@ -107,12 +111,10 @@ class Packing(nn.Module):
         where parameters lost their common storage. A compiled call decides that at run time.
         """
         none = [None] * len(names)
-        layers = [attn._modules[name] for name in names]
+        layers = _layers(attn, names)
         if not all(map(_is_plain, layers)):
             return none
-        weights = [layer._parameters["weight"] for layer in layers]
-        biases = [layer._parameters["bias"] for layer in layers]
-        biases = [bias for bias in biases if bias is not None]
+        weights, biases = _parameters(layers, "weight"), _parameters(layers, "bias")
         if len(biases) not in (0, len(layers)):
             return none
 
@@ -164,7 +166,8 @@ class _Product(torch.autograd.Function):
         return _product(x, weights, biases)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
         saved = ctx.saved_tensors
         weights = saved[:-1] if ctx.trained else saved
         rows = [len(weight) for weight in weights]
@@ -258,13 +261,23 @@ def _groups(attn: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-def _layers(attn: nn.Module, names: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(getattr(attn, name) for name in names)
+def _layers(attn: Any, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(attn._modules[name] for name in names)
+
+
+def _parameters(layers: Sequence[Any], name: str) -> list[nn.Parameter]:
+    """The weights or the biases of layers, without those that are None."""
+    # By the registry, as an attribute of a module takes five times as long.
+    found = [layer._parameters[name] for layer in layers]
+    return [parameter for parameter in found if parameter is not None]
 
 
 def _is_plain(layer: Any) -> bool:
     """Whether calling the layer is nothing but its product."""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    if type(layer) is not nn.Linear:
+        return False
+    hooked: Any = layer
+    return not hooked._forward_hooks and not hooked._forward_pre_hooks
 
 
 def _refusals(attn: nn.Module, groups: tuple[tuple[str, ...], ...]) -> list[tuple[str, str]]:
@@ -282,18 +295,21 @@ def _refusals(attn: nn.Module, groups: tuple[tuple[str, ...], ...]) -> list[tupl
     return refused
 
 
-def _layer_refusal(layer: Any, first: nn.Linear | None) -> str | None:
+def _layer_refusal(layer: Any, first: Any) -> str | None:
     if type(layer) is not nn.Linear or first is None:
         return f"is a {type(layer).__name__}, only a plain nn.Linear can be packed"
     if not _is_plain(layer) or hasattr(layer, "_hf_hook"):
         return "has hooks, which one product for all would not call"
-    if (layer.bias is None) != (first.bias is None):
+    mine, theirs = (
+        [part for name in ("weight", "bias") for part in _parameters((one,), name)]
+        for one in (layer, first)
+    )
+    if len(mine) != len(theirs):
         return "differs from its siblings in having a bias"
-    why = _refusal(layer.weight, first.weight)
-    return why if why or layer.bias is None else _refusal(layer.bias, first.bias)
+    return next(filter(None, map(_refusal, mine, theirs)), None)
 
 
-def _refusal(part: nn.Parameter, first: nn.Parameter) -> str | None:
+def _refusal(part: Tensor, first: Tensor) -> str | None:
     if type(part.data) is not Tensor or not part.is_floating_point():
         return f"is quantised or sharded ({type(part.data).__name__}, {part.dtype})"
     for name in ("dtype", "device", "requires_grad"):

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import attnproc
 from attnproc.weights import LoRAFile, load_lora, read_lora, save_lora
 
-diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
-safetensors = pytest.importorskip("safetensors.torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
 
+import diffusers
+import peft
+import safetensors.torch as safetensors
 from diffusers.utils import convert_state_dict_to_kohya
 from peft.utils import get_peft_model_state_dict
 from tiny_models import built, outputs
@@ -167,7 +169,7 @@ def test_diffusers_reads_what_we_save(name: str, layout: str, tmp_path: Path) ->
     save_lora(model, tmp_path / "ours.safetensors", layout=layout)
 
     _same(_by_diffusers(name, tmp_path / "ours.safetensors"), out)
-    again, out_again, _ = _ours(name, tmp_path / "ours.safetensors")
+    _, out_again, _ = _ours(name, tmp_path / "ours.safetensors")
     _same(out_again, out)
 
 

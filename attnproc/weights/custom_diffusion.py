@@ -45,8 +45,8 @@ def read_custom_diffusion(file: Source, model: nn.Module) -> CustomDiffusionFile
     for key, tensor in opened(file)[0].items():
         name = key.removeprefix("unet.")
         path, _, rest = name.replace(".processor.", "\n").rpartition("\n")
-        if isinstance(tensor, Mapping) and not tensor:
-            # A layer without projections of its own; `torch.save` files list them too.
+        if not isinstance(tensor, Tensor):
+            # A layer without projections of its own; files of `torch.save` list them too.
             continue
         if path not in attns or rest not in (*_KV, *_Q_OUT, f"{_OUT}bias"):
             problems.add(key, "is unknown")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,9 @@ def _weights_in(path: Path) -> Path:
 
 def _safetensors() -> Any:
     try:
-        import safetensors.torch
+        import_module("safetensors.torch")
+        return import_module("safetensors")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "safetensors is not installed: pip install safetensors", name="safetensors"
         ) from error
-    return safetensors

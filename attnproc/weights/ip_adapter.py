@@ -40,6 +40,7 @@ _XLABS = {
     "ip_adapter_double_stream_k_proj": "to_k_ip",
     "ip_adapter_double_stream_v_proj": "to_v_ip",
 }
+_UNCOUNTED = re.compile(r"(image_proj|encoder_hid_proj)\.|.*motion_modules\.")
 _LORA = re.compile(r"(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 
 
@@ -124,7 +125,7 @@ def read_ip_adapter(file: Source, model: nn.Module) -> IPAdapterFile:
 
 def numbered(model: nn.Module, layout: Layout) -> Iterator[tuple[int, str]]:
     """The layers that have an image prompt, with their numbers in the files."""
-    paths = [path for path, _ in processors(model) if "motion_modules" not in path]
+    paths = _counted(model)
     attns = {path: model.get_submodule(path) for path in paths}
     if layout == "sd3":
         yield from enumerate(paths)
@@ -135,6 +136,12 @@ def numbered(model: nn.Module, layout: Layout) -> Iterator[tuple[int, str]]:
         cross = [path for path, attn in attns.items() if _is_cross(path, attn)]
         # In a U-Net self attention has the even numbers, with no image prompt.
         yield from ((2 * i + 1, path) for i, path in enumerate(cross))
+
+
+def _counted(model: nn.Module) -> list[str]:
+    """The attention modules that have a number: none of a video's, none that project images."""
+    paths = (path for path, _ in processors(model))
+    return [path for path in paths if not _UNCOUNTED.match(path)]
 
 
 def _is_cross(path: str, attn: nn.Module) -> bool:
@@ -174,7 +181,7 @@ def _sorted(
     """The tensors of each layer, in order, and the low-rank updates among them."""
     found: dict[str, dict[str, Tensor]] = {path: {} for path in numbers.values()}
     updates: dict[str, dict[str, dict[str, Tensor]]] = {}
-    paths = [path for path, _ in processors(model) if "motion_modules" not in path]
+    paths = _counted(model)
     for key, tensor in given.items():
         number, _, name = key.partition(".")
         index = int(number) if number.isdecimal() else -1
