@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .processor import Processor
 from .types import Call
@@ -54,7 +54,7 @@ class UNetCall(Processor):
     """Self or cross attention of a U-Net."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, temb: T = None, *args: Any,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Tensor:
@@ -67,7 +67,7 @@ class TembCall(Processor):
     """As `UNetCall`, taking no further arguments."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, temb: T = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
@@ -80,7 +80,7 @@ class PlainCall(Processor):
     """As `TembCall`, with `temb` by keyword only."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
@@ -93,7 +93,7 @@ class AddedCall(Processor):
     """Added key-values and joint attention: as `PlainCall`, tolerating further arguments."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, *args: Any, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Any:
@@ -106,7 +106,7 @@ class LoRACall(Processor):
     """A U-Net's call with the weight of the low-rank updates."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, scale: float | Tensor = 1.0, temb: T = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
@@ -122,7 +122,7 @@ class PromptCall(Processor):
     """
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, temb: T = None, scale: float = 1.0,
         ip_adapter_masks: Any = None, *, ip_hidden_states: Any = None,
     ) -> Tensor:
@@ -139,7 +139,7 @@ class JointPromptCall(Processor):
     """Joint attention with an image prompt (SD3)."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, ip_hidden_states: Any = None, temb: T = None, *,
         ip_adapter_masks: Any = None,
     ) -> Any:
@@ -152,7 +152,7 @@ class AuraFlowCall(Processor):
     """Joint attention of AuraFlow; the mask comes by keyword."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         *args: Any, attention_mask: T = None, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Any:
@@ -165,7 +165,7 @@ class RotaryCall(Processor):
     """Self or cross attention with a rotary table."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, temb: T = None, image_rotary_emb: Any = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
@@ -178,7 +178,7 @@ class FluxCall(Processor):
     """Joint or self attention of Flux."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
@@ -191,7 +191,7 @@ class FluxPromptCall(Processor):
     """Joint attention of Flux with image prompts."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, image_rotary_emb: Any = None, ip_hidden_states: Any = None,
         ip_adapter_masks: Any = None, *, temb: T = None,
     ) -> Any:
@@ -204,7 +204,7 @@ class CogVideoXCall(Processor):
     """Joint attention that always has a text."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context,
         attention_mask: T = None, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
@@ -217,7 +217,7 @@ class MochiCall(Processor):
     """Joint attention that always has a text and its mask (which may be None)."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context,
         attention_mask: T, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
@@ -230,7 +230,7 @@ class StableAudioCall(Processor):
     """Self or cross attention of Stable Audio."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context = None,
         attention_mask: T = None, rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
@@ -243,7 +243,7 @@ class LuminaCall(Processor):
     """Self or cross attention with a rotary table each for queries and keys."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Context,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Context,
         attention_mask: T = None, query_rotary_emb: T = None, key_rotary_emb: T = None,
         base_sequence_length: int | None = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
@@ -257,7 +257,7 @@ class GridCall(Processor):
     """Attention of a grid to itself."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, *,
+        self, attn: Any, hidden_states: Tensor, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
         return self.run(attn, Call(hidden_states, ip_states=ip_hidden_states,

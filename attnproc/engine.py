@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .kernels import choose
 from .prologue import arrange
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["attend"]
 
 
-def attend(recipe: Recipe, proc: Processor, attn: nn.Module, call: Call) -> Tensor | tuple:
+def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | tuple[Tensor, ...]:
     """Computes attention as the recipe says.
 
     Args:

@@ -17,14 +17,18 @@ from .types import Site
 __all__ = ["ADDED", "BARE", "GRID", "GRID_IN", "SANA", "STABLE_AUDIO", "TEMPORAL", "UNET", "Step"]
 
 
+Pair = tuple[Tensor, Tensor | None]
+"""The image or input and, with one, the text or context."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A step that does nothing; the steps below override one side or both."""
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         return x, context
 
-    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         return image, text
 
 
@@ -32,7 +36,7 @@ class Step:
 class Residual(Step):
     """Adds the input where the module asks for it, then divides by its output factor."""
 
-    def leave(self, at, image, text):
+    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         if getattr(at.attn, "residual_connection", False):
             image = image + at.call.x
         factor = getattr(at.attn, "rescale_output_factor", 1.0)
@@ -43,7 +47,7 @@ class Residual(Step):
 class AlwaysResidual(Step):
     """Adds the input, whatever the module says."""
 
-    def leave(self, at, image, text):
+    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         return image + at.call.x, text
 
 
@@ -51,7 +55,7 @@ class AlwaysResidual(Step):
 class SpatialNorm(Step):
     """The module's spatial norm, steered by `temb` ``[B, C, height, width]``."""
 
-    def enter(self, at, x, context):
+    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         norm = getattr(at.attn, "spatial_norm", None)
         return x if norm is None else norm(x, at.call.temb), context
 
@@ -60,14 +64,14 @@ class SpatialNorm(Step):
 class Grid(Step):
     """Grids ``[B, C, height, width]`` become tokens and come back as grids."""
 
-    def enter(self, at, x, context):
+    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         if x.ndim == 4:
             x = from_grid(x)
         if context is not None and context.ndim == 4:
             context = from_grid(context)
         return x, context
 
-    def leave(self, at, image, text):
+    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         x, context = at.call.x, at.call.context
         if x.ndim == 4:
             image = to_grid(image, x)
@@ -80,7 +84,7 @@ class Grid(Step):
 class GridIn(Grid):
     """Grids become tokens and stay so."""
 
-    def leave(self, at, image, text):
+    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         return image, text
 
 
@@ -88,10 +92,10 @@ class GridIn(Grid):
 class ChannelsFirst(Step):
     """Inputs of any rank with channels second, as the added key-value family has them."""
 
-    def enter(self, at, x, context):
+    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         return from_grid(x), context
 
-    def leave(self, at, image, text):
+    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         return to_grid(image, at.call.x), text
 
 
@@ -99,7 +103,7 @@ class ChannelsFirst(Step):
 class GroupNorm(Step):
     """The module's group norm over the channels of the tokens."""
 
-    def enter(self, at, x, context):
+    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         norm = getattr(at.attn, "group_norm", None)
         return x if norm is None else _over_channels(norm, x), context
 
@@ -108,7 +112,7 @@ class GroupNorm(Step):
 class ContextNorm(Step):
     """The module's norm of the context (`cross_attention_norm`)."""
 
-    def enter(self, at, x, context):
+    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         norm = getattr(at.attn, "norm_cross", None)
         if norm is None or context is None:
             return x, context
@@ -121,7 +125,7 @@ class ContextNorm(Step):
 class ContextOfInput(Step):
     """Without a context, the tokens as they are before the group norm."""
 
-    def enter(self, at, x, context):
+    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         return x, x if context is None else context
 
 
@@ -129,7 +133,7 @@ class ContextOfInput(Step):
 class ClipHalf(Step):
     """Keeps float16 results finite."""
 
-    def leave(self, at, image, text):
+    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         if at.call.x.dtype == torch.float16:
             image = image.clip(-65504, 65504)
         return image, text

@@ -109,7 +109,7 @@ def adopt(kind: type[Processor], old: Any) -> Processor:
     return new
 
 
-def put(attn: nn.Module, processor: Any) -> None:
+def put(attn: Any, processor: Any) -> None:
     """Makes `processor` the module's, whether or not either is a module itself."""
     if "processor" in attn._modules:
         del attn.processor

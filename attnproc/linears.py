@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -138,9 +138,7 @@ def mount_lora(
         setattr(proc, f"{projection}_{LoRA(name).suffix}", update)
 
 
-def widths(
-    attn: nn.Module, projections: Iterable[str] = PROJECTIONS
-) -> dict[str, tuple[int, int]]:
+def widths(attn: Any, projections: Iterable[str] = PROJECTIONS) -> dict[str, tuple[int, int]]:
     """Input and output width of those projections that an attention module has."""
     found = {}
     for name in projections:

@@ -5,6 +5,8 @@ Whether a norm spans one head or all of them is read off the norm itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .types import QKV, Site, Streams
@@ -31,7 +33,7 @@ def unnormed(at: Site, streams: Streams) -> Streams:
     return streams
 
 
-def _normed(attn: nn.Module, norm_q: str, norm_k: str, stream: QKV) -> QKV:
+def _normed(attn: Any, norm_q: str, norm_k: str, stream: QKV) -> QKV:
     q = _apply(getattr(attn, norm_q, None), stream.q)
     k = _apply(getattr(attn, norm_k, None), stream.k)
     return QKV(q, k, stream.v)

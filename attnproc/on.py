@@ -158,7 +158,7 @@ class Layers:
             put(attn, processor)
         return self
 
-    def _fits(self, path: str, attn: nn.Module) -> bool:
+    def _fits(self, path: str, attn: Any) -> bool:
         return (
             fnmatch.fnmatchcase(path, self.pattern)
             and self.kind in (None, kind_of(attn))
@@ -171,7 +171,7 @@ class Layers:
         return ", ".join(chosen)
 
 
-def kind_of(attn: nn.Module) -> Kind:
+def kind_of(attn: Any) -> Kind:
     """Whether a layer with one of our processors is self, cross or joint attention."""
     if getattr(attn.processor, "recipe", None) and attn.processor.recipe.project in _JOINT:
         return "joint"
@@ -200,13 +200,13 @@ def resolution_of(model: nn.Module, path: str) -> int | None:
 
 @dataclass(frozen=True)
 class _Saved:
-    attn: nn.Module
+    attn: Any
     processor: Processor
     state: dict[str, Any]
     weights: dict[str, Tensor]
 
     @classmethod
-    def of(cls, attn: nn.Module) -> _Saved:
+    def of(cls, attn: Any) -> _Saved:
         processor = attn.processor
         state = {key: _shallow(value) for key, value in vars(processor).items()}
         weights = {key: value.clone() for key, value in processor.state_dict().items()}

@@ -15,15 +15,16 @@ from .types import Site
 __all__ = ["grid_out", "prompt_apart", "raw_heads", "to_both", "to_out", "to_out_shared"]
 
 Span = tuple[int, int] | None
+Result = tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]
 
 
-def to_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tuple:
+def to_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
     """The image's output projection, where the module has one; the text as it is."""
     image, text = _parted(o, span, extra)
     return _projected(at, image), text
 
 
-def to_both(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tuple:
+def to_both(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
     """Each stream's own output projection, where the module has one."""
     image, text = to_out(at, o, span, extra)
     if text is not None and getattr(at.attn, "to_add_out", None) is not None:
@@ -31,7 +32,7 @@ def to_both(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tuple:
     return image, text
 
 
-def to_out_shared(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tuple:
+def to_out_shared(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
     """One output projection for both streams."""
     if extra is None:
         return _parted(_projected(at, o), span, None)
@@ -39,7 +40,7 @@ def to_out_shared(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tupl
     return image, text if text is None else _projected(at, text)
 
 
-def prompt_apart(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tuple:
+def prompt_apart(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
     """As `to_both`, prompts third; without text the image stays unprojected (Flux)."""
     if span is None:
         return _parted(o, None, extra)
@@ -47,13 +48,13 @@ def prompt_apart(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tuple
     return both if extra is None else (*both, extra)
 
 
-def raw_heads(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tuple:
+def raw_heads(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
     """``[B, S, H, D]``, unprojected (Lumina)."""
     image, text = _parted(o, span, extra)
     return image.unflatten(-1, (at.attn.heads, -1)), text
 
 
-def grid_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> tuple:
+def grid_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
     """The projected, normed grid ``[B, C, height, width]`` with its residual (DC-AE)."""
     attn, x = at.attn, at.call.x
     image, text = _parted(o, span, extra)

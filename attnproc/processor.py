@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -30,12 +30,16 @@ class Processor(Verbs, nn.Module):
         lora_weights: Weight of each low-rank update by its name; 1 where none is given.
     """
 
-    recipe: ClassVar[Recipe]
+    recipe: Recipe
     _attention_backend: Any = None
     _parallel_config: Any = None
     lora_weights: Mapping[str, Weight] = MappingProxyType({})
 
-    def run(self, attn: nn.Module, call: Call) -> Any:
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def run(self, attn: Any, call: Call) -> Any:
         """Runs the line for one call."""
         return attend(self.recipe, self, attn, call)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ __all__ = [
 ]
 
 
-def head_dim(attn: torch.nn.Module, q: Tensor) -> int:
+def head_dim(attn: Any, q: Tensor) -> int:
     """Channels a head of queries ``[B, S, H*D]`` or, split already, ``[B, S, H, D]``."""
     if q.ndim == 4:
         return q.shape[-1]

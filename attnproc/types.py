@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .kernels import Kernel
@@ -80,7 +80,8 @@ class Site(NamedTuple):
 
     recipe: Recipe
     proc: Processor
-    attn: nn.Module
+    attn: Any
+    """Any module with the attributes that the parts look up: diffusers', ours, or a likeness."""
     call: Call
 
 
@@ -226,7 +227,8 @@ KernelCall = Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]
 AroundPart = Callable[[KernelCall, Tensor, Tensor, Tensor, Scoring], Tensor]
 PromptPart = Callable[[Site, Arranged, KernelCall], "Tensor | None"]
 OutputPart = Callable[
-    [Site, Tensor, "tuple[int, int] | None", "Tensor | None"], tuple["Tensor | None", ...]
+    [Site, Tensor, "tuple[int, int] | None", "Tensor | None"],
+    "tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]",
 ]
 
 

@@ -8,7 +8,7 @@ projections replace before low-rank updates add; capture wraps perturbation, whi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -20,7 +20,7 @@ from .kernels.around import Perturbed, Sliced, identity
 from .linears import PROJECTIONS, CustomDiffusion, LoRA, mount_custom_diffusion, mount_lora, widths
 from .prompts import Scale, decoupled, joint_decoupled, mount_joint_prompt, mount_prompts
 from .schedules import Weight
-from .types import AroundPart
+from .types import AroundPart, Recipe
 
 if TYPE_CHECKING:
     from .processor import Processor
@@ -40,9 +40,16 @@ def name_of(part: Any) -> str | None:
 class Verbs:
     """What a processor can be given and what can be taken off again."""
 
+    if TYPE_CHECKING:
+        recipe: Recipe
+        lora_weights: Mapping[str, Weight]
+        but: Callable[..., Processor]
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def with_lora(
         self,
-        attn: nn.Module,
+        attn: Any,
         name: str,
         *,
         rank: int = 4,
@@ -76,7 +83,7 @@ class Verbs:
 
     def with_custom_diffusion(
         self,
-        attn: nn.Module,
+        attn: Any,
         *,
         train_kv: bool = True,
         train_q_out: bool = True,
@@ -100,7 +107,7 @@ class Verbs:
 
     def with_ip_adapter(
         self,
-        attn: nn.Module,
+        attn: Any,
         width: int,
         num_tokens: int | Sequence[int] = 4,
         scale: Scale = 1.0,
@@ -128,7 +135,7 @@ class Verbs:
         return _settled(proc.but(prompts=(decoupled,)), self, attn)
 
     def with_joint_ip_adapter(
-        self, attn: nn.Module, width: int, temb_width: int = 1280, scale: Weight = 0.5
+        self, attn: Any, width: int, temb_width: int = 1280, scale: Weight = 0.5
     ) -> Processor:
         """With SD3's image prompt, under norms of its own.
 
@@ -280,7 +287,7 @@ def _extend_prompts(proc: Processor, old: Processor) -> None:
     proc.scale = [*old.scale, *proc.scale]
 
 
-def _settled(proc: Processor, old: Verbs, attn: nn.Module) -> Processor:
+def _settled(proc: Processor, old: Verbs, attn: Any) -> Processor:
     """`proc` with the weights that `old` lacks on the device and in the dtype of `attn`."""
     weight = attn.to_q.weight
     dtype = weight.dtype if weight.is_floating_point() else None
