@@ -43,9 +43,9 @@ BOTH = (X, CONTEXT)
 class Option:
     """A change to a family's base configuration."""
 
-    module: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    init: Mapping[str, Any] = field(default_factory=dict)
+    module: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    inputs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    init: Mapping[str, Any] = field(default_factory=dict[str, Any])
     setup: tuple[str, ...] = ()
 
 
@@ -54,7 +54,7 @@ class Family:
     """The base configuration of some classes, their own options, and what all of them run."""
 
     base: Option
-    options: Mapping[str, Option] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict[str, Option])
     kind: Literal["attention", "flux", "mochi", "multiscale"] = "attention"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +39,7 @@ class Outcome:
     case: Case
     error: float = 0.0
     breaks: int | None = None
-    failures: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list[str])
 
     def note(self, what: str, error: float, allowed: float) -> None:
         """Count an error; NaN fails too."""
@@ -193,7 +193,7 @@ def _plain_call(setting: Setting) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """No warnings of either side: deprecated forms are among the cases."""
     logger = logging.getLogger("diffusers")
     level = logger.level

@@ -11,7 +11,7 @@ import importlib.machinery
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import ModuleType
 from typing import Any
 
@@ -115,7 +115,7 @@ def _fakes() -> dict[str, ModuleType]:
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
+def installed() -> Generator[None]:
     """Within it the missing packages can be imported, and diffusers believes them there."""
     with contextlib.ExitStack() as stack:
         # diffusers looks for packages once, at its import: it must not see the stand-ins.
@@ -133,6 +133,11 @@ def installed() -> Iterator[None]:
         yield
 
 
+def _is_new(operation: str, version: str) -> bool:
+    """How diffusers asks for a version of torch_xla."""
+    return operation.startswith(">")
+
+
 def _persuade(theirs: ModuleType, missing: set[str], stack: contextlib.ExitStack) -> None:
     changes: dict[str, Any] = {}
     if "xformers" in missing:
@@ -143,7 +148,7 @@ def _persuade(theirs: ModuleType, missing: set[str], stack: contextlib.ExitStack
     if "torch_xla" in missing:
         changes["flash_attention"] = flash_attention
         changes["is_spmd"] = lambda: False
-        changes["is_torch_xla_version"] = lambda operation, version: operation.startswith(">")
+        changes["is_torch_xla_version"] = _is_new
     for name, value in changes.items():
         if hasattr(theirs, name):
             stack.callback(setattr, theirs, name, getattr(theirs, name))

@@ -207,7 +207,7 @@ def _unet(cls: str, attn: Any, processor: Any, inputs: Inputs) -> Tensor:
 
 def _prompted(attn: Any, processor: Any, inputs: Inputs, q: Tensor, prompts: Any) -> Any:
     """What the image prompts add: [B, Q, C], each image weighted by its scale and its mask."""
-    total: Any = 0.0
+    total: Any = torch.zeros(())
     masks = inputs.get("ip_adapter_masks")
     if isinstance(masks, Tensor):
         masks = list(masks[:, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,5 +105,8 @@ class NaiveLoRA(nn.Module):
         return self.base(Adapted(attn, changed), *args, **kwargs)
 
 
-def _sum(plain: Any, low: LoRALinear, factor: float) -> Any:
-    return lambda x: plain(x) + factor * low(x)
+def _sum(plain: Any, low: LoRALinear, factor: float) -> Callable[[Tensor], Tensor]:
+    def projection(x: Tensor) -> Tensor:
+        return plain(x) + factor * low(x)
+
+    return projection

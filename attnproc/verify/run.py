@@ -88,7 +88,7 @@ def run(
         An outcome a case, in order.
     """
     cases = list(cases)
-    traced = _representatives(cases) if compiled else set()
+    traced = _representatives(cases) if compiled else set[str]()
     bar = Progress(
         TextColumn("{task.description:42}"),
         BarColumn(),

@@ -55,7 +55,7 @@ class Mask:
     Args:
         form: `keys` [B, K] bool, `bool3` [B, 1, K] bool, `bool4` [B, 1, 1, K] bool, `bias`
             [B, 1, K] added, `bias_q` [B, Q, K] added, `bias_heads` [B*H, 1, K] added,
-            `prefix` [B, K] bool with the padding last, `gaps` with every other key, `ones` with all.
+            `prefix` [B, K] bool with the padding last, `gaps` every other key, `ones` all keys.
         over: names of the inputs whose lengths add up to K; empty: the context's, else x's.
         batch: the mask's batch, where it differs from x's (PAG: the unperturbed part).
         heads: heads of the module, for `bias_heads`.
@@ -112,7 +112,7 @@ class ModuleSpec:
     """An attention module: which kind, and its constructor's arguments."""
 
     kind: Literal["attention", "flux", "mochi", "multiscale"] = "attention"
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
