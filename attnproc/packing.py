@@ -277,7 +277,9 @@ def _is_plain(layer: Any) -> bool:
     if type(layer) is not nn.Linear:
         return False
     hooked: Any = layer
-    return not hooked._forward_hooks and not hooked._forward_pre_hooks
+    # accelerate and others hook a layer by a `forward` of its own.
+    replaced = "forward" in hooked.__dict__
+    return not (replaced or hooked._forward_hooks or hooked._forward_pre_hooks)
 
 
 def _refusals(attn: nn.Module, groups: tuple[tuple[str, ...], ...]) -> list[tuple[str, str]]:
@@ -289,7 +291,8 @@ def _refusals(attn: nn.Module, groups: tuple[tuple[str, ...], ...]) -> list[tupl
         layers = _layers(attn, names)
         first = next((layer for layer in layers if type(layer) is nn.Linear), None)
         for name, layer in zip(names, layers, strict=True):
-            why = _layer_refusal(layer, first)
+            twice = layers.count(layer) > 1
+            why = "is one of its siblings too" if twice else _layer_refusal(layer, first)
             if why:
                 refused.append((name, why))
     return refused
@@ -298,7 +301,7 @@ def _refusals(attn: nn.Module, groups: tuple[tuple[str, ...], ...]) -> list[tupl
 def _layer_refusal(layer: Any, first: Any) -> str | None:
     if type(layer) is not nn.Linear or first is None:
         return f"is a {type(layer).__name__}, only a plain nn.Linear can be packed"
-    if not _is_plain(layer) or hasattr(layer, "_hf_hook"):
+    if not _is_plain(layer):
         return "has hooks, which one product for all would not call"
     mine, theirs = (
         [part for name in ("weight", "bias") for part in _parameters((one,), name)]

@@ -282,6 +282,34 @@ def test_adapters_on_the_split_names_still_apply() -> None:
     torch.testing.assert_close(attn(x), before)
 
 
+def test_all_adapters_of_a_model_still_apply() -> None:
+    pytest.importorskip("diffusers")
+    from tiny_models import built, outputs
+
+    model, inputs = built("unet")
+    attnproc.on(model).with_lora("style", rank=2).with_custom_diffusion()
+    attnproc.on(model, "*attn1").with_pag()
+    cross = attnproc.on(model, "*attn2").with_ip_adapter(16)
+    for _, attn in cross.layers():
+        nn.init.normal_(attn.processor.to_q_style_lora.up.weight)
+    tokens = torch.randn(2, 4, 16)
+    inputs["encoder_hidden_states"] = (inputs["encoder_hidden_states"], [tokens])
+    before = outputs(model, inputs)
+    pack(model)
+    torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_model_of_diffusers_is_saved(tmp_path) -> None:
+    pytest.importorskip("diffusers")
+    from tiny_models import built
+
+    model, _ = built("unet")
+    pack(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+
+
 def test_a_replaced_layer_is_called() -> None:
     attn, (x,) = KINDS["self"]()
     pack(attn)
@@ -296,6 +324,11 @@ def test_a_replaced_layer_is_called() -> None:
     hooked(x)
     assert len(calls) == 1
 
+    patched, _ = KINDS["self"]()
+    pack(patched)
+    patched.to_v.forward = lambda x: torch.zeros_like(x)
+    assert torch.equal(patched(x), patched.to_out[0].bias.expand_as(x))
+
 
 def test_refusals_are_listed_and_nothing_is_changed() -> None:
     class Quantised(nn.Linear):
@@ -307,6 +340,9 @@ def test_refusals_are_listed_and_nothing_is_changed() -> None:
     model["a2"].to_v.half()
     model["a3"].to_k.requires_grad_(False)
     model["a4"].fuse_projections()
+    tied = _attention()
+    tied.to_v = tied.to_k
+    model["a6"] = tied
     with pytest.raises(ValueError, match="can't be packed") as error:
         pack(model)
     message = str(error.value)
@@ -316,6 +352,7 @@ def test_refusals_are_listed_and_nothing_is_changed() -> None:
         "a2.to_v: has dtype torch.float16",
         "a3.to_k: has requires_grad False",
         "a4.to_qkv: is a fused copy",
+        "a6.to_v: is one of its siblings too",
     ):
         assert part in message
     assert "a5" not in message
