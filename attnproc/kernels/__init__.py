@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .autotune import Timing, Tuned, autotune
 from .base import GROUP, Kernel, named, register_kernel, registered
 from .choice import choose, set_backend
 from .chunked import CHUNKED
@@ -19,6 +20,7 @@ from .reference import REFERENCE
 from .sage import SAGE
 from .scope import backend
 from .takes import KINDS, Ask, Takes, ask, why_not
+from .tuned import use_table
 from .varlen import VARLEN
 
 __all__ = [
@@ -49,8 +51,11 @@ __all__ = [
     "Kernel",
     "Refused",
     "Takes",
+    "Timing",
+    "Tuned",
     "ask",
     "attention",
+    "autotune",
     "backend",
     "choose",
     "explain",
@@ -59,6 +64,7 @@ __all__ = [
     "registered",
     "set_backend",
     "use_hub",
+    "use_table",
     "why_not",
 ]
 

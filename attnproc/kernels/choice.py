@@ -45,13 +45,13 @@ def resolved(wish: Scope, lse: bool = False) -> Callable[..., Any]:
     if lse:
         return partial(checked, kernel, wish.fallback, lse=True)
     call = kernel if kernel.name == AUTO.name else partial(checked, kernel, wish.fallback)
-    return call if wish.guard is None else partial(_guarded, wish, call)
+    return call if wish.watch is None else partial(_guarded, wish, call)
 
 
 def _guarded(
     wish: Scope, call: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
 ) -> Tensor:
-    return wish.guard.run(wish.name, call, AUTO, q, k, v, scoring=scoring)
+    return wish.watch.run(wish.name, call, AUTO, q, k, v, scoring=scoring)
 
 
 def set_backend(model: nn.Module, name: Any, layers: str | None = None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,17 @@ from torch import Tensor
 from ..types import KernelCall, Scoring
 from .takes import Ask, ask
 
-__all__ = ["Guard", "Inaccurate", "error_of"]
+__all__ = ["Guard", "Inaccurate", "Watch", "error_of"]
+
+
+class Watch(Protocol):
+    """What the calls of a block go through."""
+
+    def run(
+        self, name: str, kernel: KernelCall, exact: KernelCall, *inputs: Tensor, scoring: Scoring
+    ) -> Tensor:
+        """The output of `kernel` or of `exact` for q, k and v."""
+        ...
 
 
 class Inaccurate(ArithmeticError):

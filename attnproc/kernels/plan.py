@@ -10,9 +10,9 @@ from ..types import Scoring
 from .base import Kernel, registered
 from .chunked import CHUNKED
 from .flex import FLEX
-from .native import SDPA
+from .native import SDPA, only_causal
 from .takes import HALF, Ask, Takes, ask, constant, why_not
-from .tuned import tuned
+from .tuned import table, tuned
 from .varlen import VARLEN
 
 __all__ = [
@@ -38,7 +38,9 @@ class Refused(ValueError):
 
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """The kernel that the rules pick for this kind of call."""
+    """The kernel that the table or the rules pick for this kind of call."""
+    if only_causal(scoring) and not table():
+        return SDPA(q, k, v, scoring)
     return pick(ask(q, k, v, scoring))(q, k, v, scoring)
 
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .base import named
-from .guard import Guard
+from .guard import Guard, Watch
 from .takes import constant
 
-__all__ = ["Scope", "backend", "scope"]
+__all__ = ["Scope", "backend", "check_fallback", "scope", "within"]
 
 
 class Scope(NamedTuple):
@@ -30,7 +30,8 @@ class Scope(NamedTuple):
 
     name: str
     fallback: str | None = None
-    guard: Guard | None = None
+    watch: Watch | None = None
+    """What the calls go through: guard mode, or a recorder."""
 
 
 _SCOPE: ContextVar[Scope | None] = ContextVar("attnproc_backend", default=None)
@@ -62,10 +63,17 @@ def backend(
     Raises:
         ValueError: No kernel has that name, or `fallback` is something else.
     """
-    global _latest
     check_fallback(fallback)
     guard = None if max_error is None else Guard(max_error, calls)
-    before, token = _latest, _SCOPE.set(Scope(named(name).name, fallback, guard))
+    with within(name, guard, fallback):
+        yield
+
+
+@contextmanager
+def within(name: Any, watch: Watch | None, fallback: str | None = None) -> Iterator[None]:
+    """A block whose calls go through `watch`."""
+    global _latest
+    before, token = _latest, _SCOPE.set(Scope(named(name).name, fallback, watch))
     _latest = _SCOPE.get()
     try:
         yield
