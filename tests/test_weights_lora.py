@@ -427,6 +427,8 @@ def test_real_sizes_of_flux() -> None:
         state[f"lora_unet_{stem}.lora_down.weight"] = torch.zeros(1, wide)
         state[f"lora_unet_{stem}.lora_up.weight"] = torch.zeros(rows, 1)
         state[f"lora_unet_{stem}.alpha"] = torch.tensor(1.0)
+    for part in ("down", "up"):
+        nn.init.normal_(state[f"lora_unet_single_blocks_0_linear1.lora_{part}.weight"])
     read = read_lora(state, model)
     assert len(read.layers) == count
     assert {len(updates) for updates in read.layers.values()} == {3, 8}
@@ -436,3 +438,63 @@ def test_real_sizes_of_flux() -> None:
     )
     attention = {k.split(".lora_")[0] for k in theirs if ".attn." in k}
     assert len(attention) == sum(map(len, read.layers.values()))
+    for projection, weights in read.layers["single_transformer_blocks.0.attn"].items():
+        stem = f"transformer.single_transformer_blocks.0.attn.{projection}.lora"
+        update = theirs[f"{stem}_B.weight"] @ theirs[f"{stem}_A.weight"]
+        torch.testing.assert_close(weights.factor * weights.up @ weights.down, update)
+
+
+def test_flux_is_written_with_q_k_v_in_one(tmp_path: Path) -> None:
+    _adapted("flux")[0].save_lora_adapter(tmp_path, "given")
+    model, out, read = _ours("flux", tmp_path)
+    save_lora(model, tmp_path / "kohya.safetensors", layout="kohya")
+    keys = safetensors.load_file(tmp_path / "kohya.safetensors")
+    assert "lora_unet_single_blocks_0_linear1.lora_up.weight" in keys
+    _, again, _ = _ours("flux", tmp_path / "kohya.safetensors")
+    _same(again, out)
+
+    # One matrix `down` for the three stays one, and projections without an update get none.
+    updates = read.layers["transformer_blocks.0.attn"]
+    shared = updates["to_q"]
+    read.layers.clear()
+    read.layers["transformer_blocks.0.attn"] = {"to_q": shared, "to_v": shared}
+    model, out, _ = _ours("flux", read)
+    save_lora(model, tmp_path / "shared.safetensors", layout="kohya")
+    keys = safetensors.load_file(tmp_path / "shared.safetensors")
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert torch.equal(keys[f"{stem}.lora_down.weight"], shared.down)
+    _, again, _ = _ours("flux", tmp_path / "shared.safetensors")
+    _same(again, out)
+
+
+SPELLINGS = {
+    "kohya": "lora_unet_{flat}.lora_{part}.weight",
+    "diffusers": "unet.{dotted}.lora.{part}.weight",
+    "adapter name": "{dotted}.lora_{letter}.default.weight",
+    "linear layer": "unet.{dotted}.lora_linear_layer.{part}.weight",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_other_spellings_of_the_same(spelling: str) -> None:
+    dotted = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    tensors = {"down": torch.randn(2, 64), "up": torch.randn(64, 2)}
+    names = {"flat": dotted.replace(".", "_"), "dotted": dotted}
+    state = {
+        SPELLINGS[spelling].format(part=part, letter="AB"[part == "up"], **names): tensor
+        for part, tensor in tensors.items()
+    }
+    read = read_lora(state, built("unet")[0])
+    weights = read.layers[dotted.removesuffix(".to_out.0")]["to_out"]
+    assert torch.equal(weights.down, tensors["down"])
+    assert torch.equal(weights.up, tensors["up"])
+
+
+def test_fluxs_own_names() -> None:
+    stem = "diffusion_model.double_blocks.0.txt_attn.qkv"
+    state = {
+        f"{stem}.lora_A.weight": torch.ones(2, 32),
+        f"{stem}.lora_B.weight": torch.ones(96, 2),
+    }
+    read = read_lora(state, built("flux")[0])
+    assert set(read.layers["transformer_blocks.0.attn"]) == set(ADDED[:3])
