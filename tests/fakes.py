@@ -25,9 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "FakeFlash",
+    "FakeHub",
+    "FakeSage",
     "FakeTorchNPU",
     "FakeTorchXLA",
     "FakeXFormers",
+    "fake_flash",
+    "fake_flash3",
+    "fake_flash4",
+    "fake_hub",
+    "fake_sage",
     "fake_torch_npu",
     "fake_torch_xla",
     "fake_xformers",
@@ -353,6 +361,201 @@ class FakeTorchXLA:
         )
 
 
+class FakeFlash:
+    """`flash_attn_func` and `flash_attn_varlen_func` of flash-attn 2, 3 or 4; `calls` as above.
+
+    As the real ones: [B, S, H, D] or packed [tokens, H, D]; causal and windows count from the end
+    of both sequences; key heads divide query heads; half precision alone on a device. Version 2
+    has dropout, and gives (output, lse, probabilities) if `return_attn_probs`; version 3 has no
+    dropout; version 4 writes no limit as None, and gives (output, lse) always. A packed sequence
+    without keys gives zeros and lse = inf.
+    """
+
+    def __init__(self, version: int = 2) -> None:
+        self.version = version
+        self.calls: list[dict[str, Any]] = []
+
+    @property
+    def functions(self) -> dict[str, Callable[..., Any]]:
+        """The module's functions, with the arguments that this version has."""
+        if self.version == 4:
+
+            def flash_attn_func(
+                q, k, v, softmax_scale=None, causal=False, window_size=(None, None),
+                return_lse=False,
+            ):  # fmt: skip
+                return self._run(q, k, v, softmax_scale, window_size, lse=True)
+
+            def flash_attn_varlen_func(
+                q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+                max_seqlen_k=None, softmax_scale=None, causal=False, window_size=(None, None),
+                return_lse=False,
+            ):  # fmt: skip
+                starts = (cu_seqlens_q, cu_seqlens_k)
+                return self._packed(q, k, v, starts, softmax_scale, window_size, lse=True)
+
+        elif self.version == 3:
+
+            def flash_attn_func(
+                q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1),
+                return_attn_probs=False,
+            ):  # fmt: skip
+                return self._run(q, k, v, softmax_scale, window_size, lse=return_attn_probs)
+
+            def flash_attn_varlen_func(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                softmax_scale=None, causal=False, window_size=(-1, -1), return_attn_probs=False,
+            ):  # fmt: skip
+                starts = (cu_seqlens_q, cu_seqlens_k)
+                lse = return_attn_probs
+                return self._packed(q, k, v, starts, softmax_scale, window_size, lse=lse)
+
+        else:
+
+            def flash_attn_func(
+                q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+                softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+            ):  # fmt: skip
+                self.dropout = dropout_p
+                got = self._run(q, k, v, softmax_scale, window_size, lse=return_attn_probs)
+                return (*got, None) if return_attn_probs else got
+
+            def flash_attn_varlen_func(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                alibi_slopes=None, deterministic=False, return_attn_probs=False,
+            ):  # fmt: skip
+                starts = (cu_seqlens_q, cu_seqlens_k)
+                lse = return_attn_probs
+                got = self._packed(q, k, v, starts, softmax_scale, window_size, lse=lse)
+                return (*got, None) if lse else got
+
+        functions = (flash_attn_func, flash_attn_varlen_func)
+        return {function.__name__: function for function in functions}
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: Any, *, lse: bool
+    ) -> Any:
+        self.calls.append({"q": q, "k": k, "v": v, "softmax_scale": scale, "window_size": window})
+        _refuse(
+            RuntimeError,
+            needs_four_dimensions=any(x.ndim != 4 for x in (q, k, v)),
+            widths_differ=not q.shape[-1] == k.shape[-1] == v.shape[-1],
+            key_heads_do_not_divide_query_heads=q.shape[2] % k.shape[2] != 0,
+        )
+        out, total = self._attend(*(x.transpose(1, 2) for x in (q, k, v)), scale, window)
+        out = out.transpose(1, 2)
+        return (out, total) if lse else out
+
+    def _packed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts: tuple[Tensor, Tensor],
+        scale: float | None,
+        window: Any,
+        *,
+        lse: bool,
+    ) -> Any:
+        self.calls.append({"q": q, "k": k, "v": v, "cu_seqlens_k": starts[1]})
+        _refuse(
+            RuntimeError,
+            needs_three_dimensions=any(x.ndim != 3 for x in (q, k, v)),
+            starts_are_not_int32=any(x.dtype != torch.int32 for x in starts),
+        )
+        outs, totals = torch.zeros_like(q), q.new_full(q.shape[1::-1], torch.inf).float()
+        spans = zip(
+            *(zip(x[:-1].tolist(), x[1:].tolist(), strict=True) for x in starts), strict=True
+        )
+        for (first, last), (low, high) in spans:
+            if high > low:
+                part = (x.transpose(0, 1)[None] for x in (q[first:last], k[low:high], v[low:high]))
+                out, total = self._attend(*part, scale, window)
+                outs = torch.cat((outs[:first], out[0].transpose(0, 1), outs[last:]))
+                totals[:, first:last] = total[0]
+        return (outs, totals) if lse else outs
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: Any
+    ) -> tuple[Tensor, Tensor]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+        left, right = (None if n in (None, -1) else n for n in window)
+        shift = k.shape[2] - q.shape[2]
+        i = torch.arange(q.shape[2])[:, None] + shift
+        j = torch.arange(k.shape[2])
+        if left is not None:
+            scores = scores.masked_fill(j < i - left, -torch.inf)
+        if right is not None:
+            scores = scores.masked_fill(j > i + right, -torch.inf)
+        return _weighted(scores, v), scores.logsumexp(-1)
+
+
+class FakeSage:
+    """`sageattention`: exact here, and it takes any further argument without a word.
+
+    As the real one: `tensor_layout` HND is [B, H, S, D] and the other is [B, S, H, D]; the scale
+    is ``D ** -0.5`` unless `sm_scale` is given; causal counts from the start of both sequences.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def sageattn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensor_layout: str = "HND",
+        is_causal: bool = False,
+        sm_scale: float | None = None,
+        return_lse: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        self.calls.append({"layout": tensor_layout, "sm_scale": sm_scale, "kwargs": kwargs})
+        if tensor_layout == "NHD":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
+        scores = _causal(scores) if is_causal else scores
+        out = _weighted(scores, v)
+        out = out.transpose(1, 2) if tensor_layout == "NHD" else out
+        return (out, scores.logsumexp(-1)) if return_lse else out
+
+    def sageattn_varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        is_causal: bool = False,
+        sm_scale: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        self.calls.append({"layout": "packed", "sm_scale": sm_scale, "kwargs": kwargs})
+        window = (-1, 0) if is_causal else (-1, -1)
+        starts = (cu_seqlens_q, cu_seqlens_k)
+        return FakeFlash()._packed(q, k, v, starts, sm_scale, window, lse=False)
+
+
+class FakeHub:
+    """`kernels.get_kernel`: hands out flash-attn 2, and notes what was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str | None]] = []
+        self.flash = FakeFlash(2)
+
+    def get_kernel(self, repo_id: str, revision: str | None = None, **options: Any) -> ModuleType:
+        self.calls.append((repo_id, revision))
+        module = ModuleType(repo_id)
+        module.__dict__.update(self.flash.functions)
+        return module
+
+
 @pytest.fixture
 def fake_xformers(monkeypatch: pytest.MonkeyPatch) -> FakeXFormers:
     """A `FakeXFormers` under the name `xformers` for one test."""
@@ -384,4 +587,50 @@ def fake_torch_xla(monkeypatch: pytest.MonkeyPatch) -> FakeTorchXLA:
     _install(monkeypatch, "torch_xla.runtime", is_spmd=fake.is_spmd)
     _install(monkeypatch, "torch_xla.experimental")
     _install(monkeypatch, "torch_xla.experimental.custom_kernel", flash_attention=kernel)
+    return fake
+
+
+@pytest.fixture
+def fake_flash(monkeypatch: pytest.MonkeyPatch) -> FakeFlash:
+    """A `FakeFlash` of version 2 under the name `flash_attn` for one test."""
+    fake = FakeFlash(2)
+    _install(monkeypatch, "flash_attn", "2.8.3", **fake.functions)
+    return fake
+
+
+@pytest.fixture
+def fake_flash3(monkeypatch: pytest.MonkeyPatch) -> FakeFlash:
+    """A `FakeFlash` of version 3 under the name `flash_attn_interface` for one test."""
+    fake = FakeFlash(3)
+    _install(monkeypatch, "flash_attn_interface", "3.0.0", **fake.functions)
+    return fake
+
+
+@pytest.fixture
+def fake_flash4(monkeypatch: pytest.MonkeyPatch) -> FakeFlash:
+    """A `FakeFlash` of version 4 under the name `flash_attn.cute` for one test."""
+    fake = FakeFlash(4)
+    _install(monkeypatch, "flash_attn")
+    _install(monkeypatch, "flash_attn.cute", "4.0.0", **fake.functions)
+    return fake
+
+
+@pytest.fixture
+def fake_sage(monkeypatch: pytest.MonkeyPatch) -> FakeSage:
+    """A `FakeSage` under the name `sageattention` for one test."""
+    fake = FakeSage()
+    functions = {
+        "sageattn": fake.sageattn,
+        "sageattn_qk_int8_pv_fp16_cuda": fake.sageattn,
+        "sageattn_varlen": fake.sageattn_varlen,
+    }
+    _install(monkeypatch, "sageattention", "2.2.0", **functions)
+    return fake
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """A `FakeHub` under the name `kernels` for one test."""
+    fake = FakeHub()
+    _install(monkeypatch, "kernels", "0.17.2", get_kernel=fake.get_kernel)
     return fake

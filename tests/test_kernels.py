@@ -1,0 +1,212 @@
+"""Kernels of other packages against recorded stand-ins; memory and gradients of the tiles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnproc.kernels import (
+    CHUNKED,
+    FLASH2,
+    FLASH3,
+    FLASH4,
+    REFERENCE,
+    Kernel,
+    Refused,
+    ask,
+    attention,
+    hub,
+    named,
+    use_hub,
+    why_not,
+)
+from attnproc.kernels.packed import pack
+from attnproc.types import Bias, Blocks, Keys, Scoring
+
+if TYPE_CHECKING:
+    from fakes import FakeFlash, FakeHub, FakeSage
+
+pytest_plugins = ("fakes",)
+
+
+def inputs(keys: int = 7, queries: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q = torch.randn(3, 4, queries, 8, requires_grad=True)
+    k, v = (torch.randn(3, 2, keys, 8, requires_grad=True) for _ in range(2))
+    return q, k, v
+
+
+VALID = torch.tensor([[1, 1, 1, 0, 1, 0, 0], [0] * 7, [1] * 7]).bool()
+SCORINGS = {
+    "none": Scoring(),
+    "scale": Scoring(scale=0.3),
+    "keys": Scoring(mask=Keys(VALID), scale=0.3),
+    "causal": Scoring(causal=True),
+    "window": Scoring(window=(2, None)),
+    "causal window": Scoring(causal=True, window=(2, None)),
+}
+
+
+def equal(kernel: Kernel, scoring: Scoring) -> None:
+    """Values, log-sum-exp and gradients as the reference has them."""
+    q, k, v = inputs()
+    o = kernel(q, k, v, scoring)
+    right, right_lse = REFERENCE.with_lse(q, k, v, scoring)
+    torch.testing.assert_close(o, right)
+    if kernel.with_lse is not None and kernel.takes.lse:
+        lse = kernel.with_lse(q, k, v, scoring, *kernel.options)[1]
+        torch.testing.assert_close(lse, right_lse)
+    grads, wanted = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (o, right))
+    torch.testing.assert_close(grads, wanted)
+
+
+@pytest.mark.parametrize("case", SCORINGS)
+@pytest.mark.parametrize("kernel", [FLASH2, FLASH3, FLASH4], ids=lambda k: k.name)
+def test_flash_attn(
+    kernel: Kernel,
+    case: str,
+    fake_flash: FakeFlash,
+    fake_flash3: FakeFlash,
+    request: pytest.FixtureRequest,
+) -> None:
+    if kernel is FLASH4:
+        request.getfixturevalue("fake_flash4")
+    equal(kernel, SCORINGS[case])
+
+
+def test_flash_attn_takes_dropout_in_version_2_alone(fake_flash: FakeFlash) -> None:
+    q, k, v = inputs()
+    FLASH2(q, k, v, Scoring(dropout=0.5))
+    assert fake_flash.dropout == 0.5
+    asked = ask(q, k, v, Scoring(dropout=0.5))
+    assert "dropout: it has none" in why_not(FLASH3.takes, asked)
+
+
+@pytest.mark.parametrize("case", ["none", "scale", "causal"])
+@pytest.mark.parametrize("name", ["sage", "sage_fp16"])
+def test_sage(name: str, case: str, fake_sage: FakeSage) -> None:
+    equal(named(name), SCORINGS[case])
+    # The real one takes and ignores what it doesn't know.
+    assert all(not call["kwargs"] for call in fake_sage.calls)
+
+
+def test_sage_over_padding(fake_sage: FakeSage) -> None:
+    equal(named("sage_varlen"), SCORINGS["keys"])
+    equal(named("sage_varlen"), SCORINGS["none"])
+
+
+def test_sage_without_a_function_says_so(fake_sage: FakeSage) -> None:
+    with pytest.raises(ImportError, match="has no sageattn_qk_int8_pv_fp8_cuda: pip install"):
+        named("sage_fp8")(*inputs(), Scoring())
+
+
+@pytest.fixture
+def undecided() -> Iterator[None]:
+    yield
+    hub._CHOSEN.clear()
+    hub._LOADED.clear()
+
+
+@pytest.mark.usefixtures("undecided")
+def test_the_hub_is_asked_for_a_named_revision_alone(fake_hub: FakeHub) -> None:
+    kernel = named("flash_hub")
+    q, k, v = inputs()
+    with pytest.raises(ImportError, match="name the revision to trust"):
+        kernel(q, k, v, Scoring())
+    with pytest.raises(Refused, match="is not fetched on its own"):
+        attention(q, k, v, backend="flash_hub")
+    assert fake_hub.calls == []
+
+    use_hub("flash_hub", revision="abc123")
+    equal(kernel, SCORINGS["keys"])
+    assert fake_hub.calls == [("kernels-community/flash-attn2", "abc123")]
+    with pytest.raises(ValueError, match="kernels of the hub are flash_hub"):
+        use_hub("math", revision="abc123")
+
+
+def test_packing_is_static_and_keeps_the_rest_out() -> None:
+    _, k, v = inputs()
+    packed = pack(k, v, Scoring(mask=Keys(VALID)))
+    assert packed.starts.tolist() == [0, 4, 4, 11]
+    assert packed.empty.tolist() == [False, True, False]
+    assert packed.k.shape == (21, 2, 8)
+    torch.testing.assert_close(packed.k[3], k[0, :, 4])
+    assert not packed.k[11:].any()
+    # What a kernel leaves in the gradient of the rest must not come through.
+    upstream = torch.full_like(packed.k, torch.nan)
+    upstream[:11] = 1
+    (grad,) = torch.autograd.grad(packed.k, k, upstream)
+    torch.testing.assert_close(grad[:, 0, :, 0], VALID.float())
+
+
+# Tiles
+
+
+def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (i // 3 == j // 3) | (j == h)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mods", [(), (near,)])
+def test_chunked_has_right_gradients(causal: bool, mods: tuple, monkeypatch) -> None:
+    monkeypatch.setitem(CHUNKED.run.__globals__["_SCORES"], "cpu", 100)
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 1, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bias = torch.randn(1, 2, 1, 6, dtype=torch.float64, requires_grad=True)
+
+    def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        scoring = Scoring(mask=Bias(tensors[3]), causal=causal, mods=mods)
+        return CHUNKED.with_lse(*tensors[:3], scoring)
+
+    assert torch.autograd.gradcheck(call, (q, k, v, bias))
+
+
+@pytest.mark.parametrize(("queries", "keys"), product((1, 17, 100), (1, 33, 129)))
+def test_chunked_with_tiles_of_any_remainder(queries: int, keys: int, monkeypatch) -> None:
+    monkeypatch.setitem(CHUNKED.run.__globals__["_SCORES"], "cpu", 6000)
+    q, k, v = inputs(keys, queries)
+    for scoring in (Scoring(causal=True), Scoring(window=(5, 3)), Scoring(mods=(near,))):
+        torch.testing.assert_close(CHUNKED(q, k, v, scoring), REFERENCE(q, k, v, scoring))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash_sdpa", "math", "chunked", "reference", "auto"])
+def test_rows_without_keys_are_zero(name: str) -> None:
+    q, k, v = inputs()
+    nothing = Bias(torch.full((1, 1, 7, 7), -torch.inf))
+    for mask in (Keys(VALID), nothing, Blocks(lambda b, h, i, j: (b != 1) & (i == j))):
+        o = attention(q, k, v, mask, backend=name)
+        grads = torch.autograd.grad(o.sum(), (q, k, v))
+        assert not o[1].any()
+        assert not any(g[1].any() or g.isnan().any() for g in grads)
+
+
+MEMORY = """
+import resource, torch
+from attnproc.kernels import attention
+from attnproc.types import Keys
+n = 32768
+q, k, v = (torch.randn(1, 1, n, 64, requires_grad=True) for _ in range(3))
+mask = Keys.first(torch.tensor([n - 5000]), n)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attention(q, k, v, mask, backend={name!r}).sum().backward()
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory in KiB")
+@pytest.mark.parametrize("name", ["auto", "chunked"])
+def test_32768_tokens_with_padding_take_less_than_2_gib(name: str) -> None:
+    code = MEMORY.format(name=name)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, peak = map(int, out.stdout.split())
+    print(f"{name}: {before / 1024:.0f} MiB before, {peak / 1024:.0f} MiB at the peak")
+    assert peak < 2 * 1024 * 1024
