@@ -37,8 +37,8 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     at = Site(recipe, proc, attn, call)
 
     x, context = call.x, call.context
-    for step in recipe.frame:
-        x, context = step.enter(at, x, context)
+    for enter in recipe.entering:
+        x, context = enter(at, x, context)
 
     streams = recipe.project(at, x, context)
     arranged = arrange(at, streams)
@@ -59,8 +59,8 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
         extra = more if extra is None or more is None else extra + more
 
     image, text, *rest = recipe.output(at, merge_heads(o), scoring.image, extra)
-    for step in reversed(recipe.frame):
-        image, text = step.leave(at, image, text)
+    for leave in recipe.leaving:
+        image, text = leave(at, image, text)
     return image if text is None else (image, text, *rest)
 
 

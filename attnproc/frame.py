@@ -25,6 +25,14 @@ Pair = tuple[Tensor, Tensor | None]
 class Step:
     """A step that does nothing; the steps below override one side or both."""
 
+    @property
+    def enters(self) -> bool:
+        return type(self).enter is not Step.enter
+
+    @property
+    def leaves(self) -> bool:
+        return type(self).leave is not Step.leave
+
     def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         return x, context
 
@@ -61,8 +69,8 @@ class SpatialNorm(Step):
 
 
 @dataclass(frozen=True)
-class Grid(Step):
-    """Grids ``[B, C, height, width]`` become tokens and come back as grids."""
+class GridIn(Step):
+    """Grids ``[B, C, height, width]`` become tokens and stay so."""
 
     def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
         if x.ndim == 4:
@@ -71,20 +79,17 @@ class Grid(Step):
             context = from_grid(context)
         return x, context
 
+
+@dataclass(frozen=True)
+class Grid(GridIn):
+    """Grids become tokens and come back as grids."""
+
     def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         x, context = at.call.x, at.call.context
         if x.ndim == 4:
             image = to_grid(image, x)
         if text is not None and context.ndim == 4:
             text = to_grid(text, context)
-        return image, text
-
-
-@dataclass(frozen=True)
-class GridIn(Grid):
-    """Grids become tokens and stay so."""
-
-    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
         return image, text
 
 

@@ -34,9 +34,10 @@ def unnormed(at: Site, streams: Streams) -> Streams:
 
 
 def _normed(attn: Any, norm_q: str, norm_k: str, stream: QKV) -> QKV:
-    q = _apply(getattr(attn, norm_q, None), stream.q)
-    k = _apply(getattr(attn, norm_k, None), stream.k)
-    return QKV(q, k, stream.v)
+    of_q, of_k = getattr(attn, norm_q, None), getattr(attn, norm_k, None)
+    if of_q is None and of_k is None:
+        return stream
+    return QKV(_apply(of_q, stream.q), _apply(of_k, stream.k), stream.v)
 
 
 def _apply(norm: nn.Module | None, x: Tensor | None) -> Tensor | None:

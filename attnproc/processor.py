@@ -32,6 +32,7 @@ class Processor(Verbs, nn.Module):
 
     recipe: Recipe
     _attention_backend: Any = None
+    layer_backend: Any = None
     _parallel_config: Any = None
     lora_weights: Mapping[str, Weight] = MappingProxyType({})
 

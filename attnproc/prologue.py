@@ -6,8 +6,6 @@ kernel. This is the only place where a fused kernel may stand in for the compose
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .shapes import head_dim, join, split_stream
 from .types import Arranged, Site, Streams
 
@@ -31,9 +29,7 @@ def arrange(at: Site, streams: Streams) -> Arranged:
     if rotary is not None and rotary.over == "joint":
         both = rotary(at, both)
 
-    q, k, v = (_for_kernel(t, both.v) for t in both)
+    q, k, v = both
+    q, k = (t if t.dtype == v.dtype else t.to(v.dtype) for t in (q, k))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return Arranged(q, k, v, raw, query, 0 if text is None else text.k.shape[1])
-
-
-def _for_kernel(t: Tensor, v: Tensor) -> Tensor:
-    return t.to(v.dtype).transpose(1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -208,6 +208,14 @@ class Scoring(NamedTuple):
 class FrameStep(Protocol):
     """One layer around the line: `enter` on the way in, `leave` on the way out."""
 
+    @property
+    def enters(self) -> bool:
+        """Whether `enter` does anything; so `leaves` of `leave`."""
+        ...
+
+    @property
+    def leaves(self) -> bool: ...
+
     def enter(
         self, at: Site, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]: ...
@@ -266,6 +274,17 @@ class Recipe:
     """Image prompts; their sum is added to the image stream."""
     output: OutputPart
     """Projections of the result."""
+
+    def __post_init__(self) -> None:
+        # Worked out once: the sides of the frame's steps that do anything.
+        entering = tuple(step.enter for step in self.frame if step.enters)
+        leaving = tuple(step.leave for step in reversed(self.frame) if step.leaves)
+        object.__setattr__(self, "entering", entering)
+        object.__setattr__(self, "leaving", leaving)
+
+    if TYPE_CHECKING:
+        entering: ClassVar[tuple[Callable[..., tuple[Tensor, Tensor | None]], ...]]
+        leaving: ClassVar[tuple[Callable[..., tuple[Tensor, Tensor | None]], ...]]
 
     def but(self, **changes: Any) -> Recipe:
         """A copy with some parts changed."""

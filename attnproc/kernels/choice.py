@@ -30,7 +30,7 @@ def choose(kernel: Kernel, proc: Processor) -> KernelCall:
     """
     if kernel.linear:
         return kernel
-    name = proc.layer_backend if hasattr(proc, "layer_backend") else None
+    name = proc.layer_backend
     if name is None:
         name = proc._attention_backend
     wish = scope() if name is None else Scope(name)
