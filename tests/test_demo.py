@@ -1,5 +1,6 @@
 """The demo model: loads offline, refuses damaged files, knows its words, makes what is asked."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,10 @@ pytest.importorskip("typer")
 pytest.importorskip("PIL")
 
 from attnproc.app.demo import metric, model, reference  # noqa: E402
-from attnproc.app.demo.palette import GROUNDS, NOVEL_LOOKS, TINTS  # noqa: E402
+from attnproc.app.demo.data import Entry  # noqa: E402
+from attnproc.app.demo.mixing import Mixer  # noqa: E402
+from attnproc.app.demo.palette import GROUNDS, NOVEL_LOOKS, NOVEL_PAIRS, TINTS  # noqa: E402
+from attnproc.app.demo.train import Budget, Denoiser, Trainer  # noqa: E402
 from attnproc.app.demo.vocabulary import LENGTH, WEIGHTS, Word, split, suggest, words  # noqa: E402
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -89,6 +93,64 @@ def test_suggest_admits_that_nothing_is_near(nothing: str):
 def test_held_out_colours_have_names():
     assert all(tint in TINTS and ground in GROUNDS for tint, ground in NOVEL_LOOKS)
     assert all(word.known for name in GROUNDS for word in words(name))
+
+
+@pytest.fixture
+def mixer() -> Mixer:
+    """A training set of grey squares that are called like the things of the held-out pairs."""
+    torch.manual_seed(0)
+    names = sorted({name for pair in NOVEL_PAIRS for name in pair})
+    entries = [Entry([name], [], 1.0, 1.0, True) for name in names]
+    pictures = np.full((len(names), 4, 64, 64), 128, dtype=np.uint8)
+    return Mixer(pictures, entries, device=torch.device("cpu"))
+
+
+def test_held_out_combinations_are_never_drawn(mixer: Mixer):
+    names = {index: word for word, index in mixer.ids.items()}
+    mixer.shares = dataclasses.replace(mixer.shares, both=0.3)
+    mixer.emphasise(1.0)
+    batches = [mixer.draw(256) for _ in range(4)]
+    drawn = [[names[token] for token in row] for batch in batches for row in batch.tokens.tolist()]
+
+    pairs = {
+        frozenset(name for name in text if name in set(sum(NOVEL_PAIRS, ())))
+        for text in drawn
+        if "and" in text
+    }
+    assert len(pairs) > 50
+    assert pairs.isdisjoint(map(frozenset, NOVEL_PAIRS))
+
+    looks = {
+        tuple(word for word in text if word in GROUNDS)
+        for text in drawn
+        if "background" in text and "and" not in text
+    }
+    assert len(looks) > 30
+    assert looks.isdisjoint(NOVEL_LOOKS)
+
+
+def test_batches_are_in_the_models_form(mixer: Mixer):
+    batch = mixer.draw(16)
+    assert batch.pictures.shape == (16, 3, 64, 64)
+    assert batch.pictures.abs().max() <= 1
+    assert batch.tokens.shape == (16, LENGTH)
+    assert bool((batch.tokens == 2).sum(1).eq(1).all())
+
+
+def test_training_goes_on_where_it_stopped(mixer: Mixer, tmp_path: Path):
+    vocabulary_size = len(mixer.ids)
+    first = Trainer(Denoiser(vocabulary_size), mixer, Budget(steps=4), batch=2)
+    first.step()
+    first.save(tmp_path, list(mixer.ids)[4:])
+    second = Trainer(Denoiser(vocabulary_size), mixer, Budget(steps=4), batch=2)
+    assert second.resume(tmp_path)
+    assert second.budget.step == 1
+
+    first_loss = first.step()
+    second.resume(tmp_path)
+    assert torch.equal(second.step(), first_loss)
+    for one, two in zip(first.current, second.current, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_split_agrees_with_the_tokenizer(pipeline):

@@ -201,6 +201,7 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.budget.step, self.budget.spent = state["step"], state["spent"]
+        self.mixer.emphasise(self.budget.pairs)
         torch.set_rng_state(state["rng"])
         if state["device_rng"] is not None and self.mixer.device.type == "cuda":
             torch.cuda.set_rng_state(state["device_rng"], self.mixer.device)
