@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnproc.app import files, wording
+from attnproc.app import files
+from attnproc.app.checks import prepare
 from attnproc.app.faults import Fault
 from attnproc.app.options import Device, Guidance, Processor, Prompt, Seed, Size, Steps
 from attnproc.app.painting import Clock, Request, Tick, load, paint, progress
-from attnproc.app.terminal import note, say
+from attnproc.app.terminal import say
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
@@ -40,12 +41,8 @@ def compare(
     Writes both side by side with their difference, and prints the largest difference and both
     times.
     """
-    known = wording.read(prompt)
-    files.check_png(out)
-    theirs = _theirs(processor)
-    for line in known.notes:
-        note(line)
-
+    known = prepare(prompt, [out], processor)
+    theirs = None if processor is None else _theirs(processor)
     request = Request(known.text, seed, steps, guidance)
     with progress(steps) as stage:
         pipeline = load(device)
@@ -68,14 +65,12 @@ def compare(
     )
 
 
-def _theirs(name: str | None) -> Callable[..., Any] | None:
+def _theirs(name: str) -> Callable[..., Any]:
     """The class of diffusers that a processor of ours is compared with.
 
     Raises:
         Fault: The processor can't run the model, or diffusers has none of that name.
     """
-    if name is None:
-        return None
     from attnproc.app.fitting import find
 
     ours = find(name)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnproc.app import files, wording
+from attnproc.app import files
+from attnproc.app.checks import prepare
 from attnproc.app.options import Batch, Device, Guidance, Processor, Prompt, Seed, Size, Steps
 from attnproc.app.painting import Clock, Request, load, paint, progress
-from attnproc.app.terminal import note, say
+from attnproc.app.terminal import say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,14 +47,8 @@ def generate(
     coloured backgrounds: "red octopus on a yellow background". Its attention runs on attnproc.
     """
     clock = Clock()
-    known = wording.read(prompt)
     targets, sheet = files.numbered(out, batch), out.with_stem(f"{out.stem}-maps")
-    for path in (*targets, *([sheet] if maps else [])):
-        files.check_png(path)
-    _check_processor(processor)
-    for line in known.notes:
-        note(line)
-
+    known = prepare(prompt, [*targets, *([sheet] if maps else [])], processor)
     request = Request(known.text, seed, steps, guidance, batch)
     with progress(steps) as stage:
         pipeline = load(device)
@@ -70,13 +65,6 @@ def generate(
         files.save(pictures.sheet(painted, seen, known.text), sheet)
     where = files.shown(targets) + (f" and {sheet}" if maps else "")
     say(f"{where}: {request}; {ran}; {clock.seconds:.1f} s, {ready:.1f} s of them to load")
-
-
-def _check_processor(name: str | None) -> None:
-    if name is not None:
-        from attnproc.app.fitting import find
-
-        find(name)
 
 
 def _captured(
