@@ -21,6 +21,7 @@ __all__ = ["Layers", "Snapshot", "on"]
 
 Kind = Literal["self", "cross", "joint"]
 
+_ENCODERS = ("encoder_hid_proj.", "image_proj.")
 _JOINT = {
     layouts.added_kv,
     layouts.joint,
@@ -75,8 +76,11 @@ class Layers:
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """The chosen attention modules with their paths."""
-        found = [(path, attn) for path, attn in processors(self.model) if self._fits(path, attn)]
-        return [pair for pair in found if isinstance(pair[1].processor, Processor)]
+        return [
+            (path, attn)
+            for path, attn in processors(self.model)
+            if isinstance(attn.processor, Processor) and self._fits(path, attn)
+        ]
 
     def with_lora(self, name: str, **options: Any) -> Layers:
         """See `Processor.with_lora`; `attn` is each layer's."""
@@ -159,8 +163,11 @@ class Layers:
         return self
 
     def _fits(self, path: str, attn: Any) -> bool:
+        # Image encoders that diffusers hangs into a model are no layers of it, unless named.
+        encoder = path.startswith(_ENCODERS) and not self.pattern.startswith(_ENCODERS)
         return (
-            fnmatch.fnmatchcase(path, self.pattern)
+            not encoder
+            and fnmatch.fnmatchcase(path, self.pattern)
             and self.kind in (None, kind_of(attn))
             and self.depth in (None, depth_of(self.model, path))
             and self.resolution in (None, resolution_of(self.model, path))
