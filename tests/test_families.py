@@ -11,7 +11,7 @@ import torch
 import attnproc
 from attnproc import attention, families
 from attnproc.attention import Attention
-from attnproc.kernels import NPU, REFERENCE, SDPA, XFORMERS, XLA
+from attnproc.kernels import AUTO, NPU, REFERENCE, XFORMERS, XLA
 from attnproc.kernels.around import Perturbed, Sliced
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def test_other_families_change_their_parts(before: str) -> None:
     attn.processor._attention_backend = "flash_sdpa"
     attn.set_attention_slice(2)
     assert attn.processor.recipe.around == (*around, Sliced(2))
-    assert attn.processor.recipe.kernel == SDPA
+    assert attn.processor.recipe.kernel == AUTO
     for switch, kernel in (
         (attn.set_use_memory_efficient_attention_xformers, XFORMERS),
         (attn.set_use_npu_flash_attention, NPU),
@@ -143,7 +143,7 @@ def test_other_families_change_their_parts(before: str) -> None:
         assert attn.processor.recipe.around == around
         assert attn.processor._attention_backend is None
         switch(False)
-        assert attn.processor.recipe.kernel == SDPA
+        assert attn.processor.recipe.kernel == AUTO
 
 
 def test_a_composed_processor_keeps_its_parts() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from .autotune import Timing, Tuned, autotune
 from .base import GROUP, Kernel, named, register_kernel, registered
 from .choice import choose, set_backend
 from .chunked import CHUNKED
-from .explain import Explanation, explain
+from .explanation import Explanation, explain
 from .external import NPU, STRICT, XFORMERS, XLA
 from .flash import FLASH2, FLASH3, FLASH4
 from .flex import FLEX
@@ -20,6 +19,7 @@ from .reference import REFERENCE
 from .sage import SAGE
 from .scope import backend
 from .takes import KINDS, Ask, Takes, ask, why_not
+from .timing import Timing, Tuned, autotune
 from .tuned import use_table
 from .varlen import VARLEN
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..types import Scoring
@@ -117,8 +119,17 @@ def package(module: str, install: str) -> ModuleType:
     Raises:
         ImportError: It is not there; the message says how to install it.
     """
+    if module not in sys.modules:
+        _import(module, install)
+    return sys.modules[module]
+
+
+# torch.compile traces no imports, but takes the answer that this one has been made.
+@torch.compiler.assume_constant_result
+def _import(module: str, install: str) -> bool:
     try:
-        return importlib.import_module(module)
+        importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
         raise ImportError(f"this kernel needs {name}, which is not here: {install}") from error
+    return True

@@ -22,7 +22,7 @@ def oracle(
     causal: bool = False,
     scale: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in float64; arguments as `attnproc.attention` takes them."""
+    """Output and log-sum-exp in float64; arguments as `attnproc.kernels.attention` takes them."""
     q, k, v = q.double(), k.double(), v.double()
     groups = q.shape[1] // k.shape[1]
     k, v = (t[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k, v))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 
 from ..types import Scoring
@@ -39,7 +40,8 @@ class Refused(ValueError):
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The kernel that the table or the rules pick for this kind of call."""
-    if only_causal(scoring) and not table():
+    # Compiled code goes by the rules: a table would be one more thing to guard.
+    if only_causal(scoring) and (torch.compiler.is_compiling() or not table()):
         return SDPA(q, k, v, scoring)
     return pick(ask(q, k, v, scoring))(q, k, v, scoring)
 

@@ -49,8 +49,8 @@ def backend(
 ) -> Iterator[None]:
     """Runs attention by the kernel of that name within the block.
 
-    It holds for processors and `attnproc.attention` that name no backend themselves, in this
-    thread or task alone.
+    It holds for processors and calls of `attnproc.kernels.attention` that name no backend
+    themselves, in this thread or task alone.
 
     Args:
         name: A name of ours or of diffusers, or `"auto"`.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .base import Kernel, named
-from .takes import Ask, constant, why_not
+from .takes import Ask, why_not
 
 __all__ = ["default_path", "device_name", "key_of", "store", "table", "tuned", "use_table"]
 
@@ -30,7 +30,6 @@ def default_path() -> Path:
     return (Path(caches) if caches else Path.home() / ".cache") / "attnproc" / "kernels.json"
 
 
-@constant
 def table() -> dict[str, dict[str, str]]:
     """The table, read when it is first asked for; empty where there is none."""
     global _table
@@ -85,7 +84,6 @@ def key_of(asked: Ask) -> str:
     )
 
 
-@constant
 def device_name(device: str) -> str:
     """The name of the hardware, so that a table does not serve another one."""
     return torch.cuda.get_device_name() if device == "cuda" else device

@@ -7,7 +7,7 @@ from typing import Any
 from ..calls import AddedCall, PlainCall, TembCall, UNetCall
 from ..edits import FirstFrame
 from ..frame import ADDED, BARE, UNET
-from ..kernels import NPU, REFERENCE, SDPA, XFORMERS, XLA
+from ..kernels import AUTO, NPU, REFERENCE, XFORMERS, XLA
 from ..kernels.around import Perturbed, Sliced
 from ..layouts import added_kv, packed, separate
 from ..linears import module_linear
@@ -45,7 +45,7 @@ PLAIN = Recipe(
     edits=(),
     mask=padded,
     scale=module_scale,
-    kernel=SDPA,
+    kernel=AUTO,
     around=(),
     prompts=(),
     output=to_out,

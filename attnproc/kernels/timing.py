@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
-from ..types import Bias, Keys, KernelCall, Mask, Scoring
+from ..types import Bias, KernelCall, Keys, Mask, Scoring
 from .base import Kernel, registered
 from .chunked import CHUNKED
 from .guard import error_of
@@ -156,9 +155,12 @@ def _timed(
     try:
         with torch.no_grad():
             error = error_of(kernel(*inputs, scoring), right)
-        median = Timer("call()", globals={"call": call}).blocked_autorange(
-            min_run_time=seconds
-        ).median
+        # On first use: importing it takes a third of a second.
+        from torch.utils.benchmark import Timer
+
+        median = (
+            Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=seconds).median
+        )
     except (RuntimeError, ImportError, NotImplementedError) as problem:
         return Timing(kernel.name, failed=str(problem).splitlines()[0])
     return Timing(kernel.name, median * 1e3, error)

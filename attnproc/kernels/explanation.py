@@ -76,7 +76,7 @@ def explain(
 ) -> Explanation:
     """Says which kernel runs a call and why each other would or would not; nothing is computed.
 
-    The arguments are those of `attnproc.attention`; without `k` and `v` it is self attention.
+    The arguments are those of `attnproc.kernels.attention`; `k` and `v` are `q` unless given.
     """
     k = q if k is None else k
     v = k if v is None else v
