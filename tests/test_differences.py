@@ -241,3 +241,25 @@ def test_a_missing_package_is_named(
 def _hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_image_prompt_without_text_on_flux() -> None:
+    torch.manual_seed(0)
+    attn = attnproc.Attention(32, heads=4, dim_head=8, pre_only=True, qk_norm="rms_norm").double()
+    processor = attnproc.FluxIPAdapterJointAttnProcessor2_0(32, 20, scale=0.7).double()
+    x, state = torch.randn(2, 12, 32).double(), torch.randn(2, 4, 20).double()
+    plain = attnproc.FluxSingleAttnProcessor2_0()(attn, x)
+
+    found = processor(attn, x, ip_hidden_states=[state])
+
+    q = attn.norm_q(attn.to_q(x).unflatten(-1, (4, 8))).transpose(1, 2)
+    layers = processor.to_k_ip[0], processor.to_v_ip[0]
+    k, v = (layer(state).unflatten(-1, (4, 8)).transpose(1, 2) for layer in layers)
+    prompt = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(dim=-1) @ v
+    torch.testing.assert_close(found, plain + 0.7 * prompt.transpose(1, 2).flatten(2))
+    if diffusers_found():
+        from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+        theirs = FluxIPAdapterAttnProcessor(32, 20, scale=0.7).double()
+        attn.head_dim, attn.added_kv_proj_dim = 8, None
+        torch.testing.assert_close(theirs(attn, x, ip_hidden_states=[state]), plain)

@@ -676,7 +676,6 @@ _TABLE: dict[str, tuple[Family, tuple[str, ...]]] = {
             "double rope ip_two",
             "narrow rope ip_images fused",
             "double mask ip",
-            "single rope ip",
             "double rope ip dropout",
         ),
     ),
