@@ -205,6 +205,23 @@ def test_processors_come_back_also_after_an_error() -> None:
     assert all(a.processor is p for (_, a), p in zip(processors(model), before, strict=True))
 
 
+@torch.no_grad()
+def test_one_graph_under_compile() -> None:
+    model = Model()
+    for _, attn in processors(model):
+        attn.set_processor(attnproc.AttnProcessor())
+    with capture(model, [1]) as plain:
+        before = model()
+
+    with capture(model, [1]) as maps:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        inside = compiled(), compiled()
+
+    assert all(torch.equal(output, before) for output in inside)
+    assert set(maps.calls.values()) == {2}
+    torch.testing.assert_close(maps.mean(), plain.mean())
+
+
 def test_gradients_are_those_without_capture() -> None:
     model = Model()
     model().sum().backward()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,10 @@ def test_list_shows_all_with_their_parts() -> None:
 @pytest.mark.parametrize("command", [(), ("generate",), ("compare",), ("list",), ("verify",)])
 def test_help(command: Sequence[str]) -> None:
     assert "Usage: " in done(*command, "--help")
+
+
+def test_version() -> None:
+    assert done("--version") == f"attnproc {version('attnproc')}\n"
 
 
 def test_verify_is_handed_over() -> None:

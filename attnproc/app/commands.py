@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import attnproc
 from attnproc.app.compare import compare
 from attnproc.app.faults import Fault, missing
 from attnproc.app.generate import generate
 from attnproc.app.listing import list_processors
-from attnproc.app.terminal import fail
+from attnproc.app.terminal import fail, say
 
 __all__ = ["app"]
 
@@ -39,6 +40,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"attnproc {attnproc.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
 app.command()(generate)
 app.command()(compare)
 app.command("list")(list_processors)
