@@ -135,7 +135,8 @@ def _open_block() -> GeneratorType[Any, Any, Any] | None:
     manager = sys.modules["diffusers.models.attention_dispatch"].attention_backend
     code = getattr(manager, "__wrapped__", manager).__code__
     for thing in gc.get_objects():
-        if isinstance(thing, GeneratorType) and thing.gi_code is code and _is_open(thing):
+        # By type alone: asking a dead weak proxy for its class raises.
+        if type(thing) is GeneratorType and thing.gi_code is code and _is_open(thing):
             return thing
     return None
 
