@@ -9,6 +9,7 @@ Made by `python -m attnproc.app.demo.reference --data DIR`, shipped, and read of
 
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from attnproc.app.demo import data
+from attnproc.app.demo.vocabulary import split
 
 __all__ = ["FOLDER", "Reference", "load"]
 
@@ -83,6 +85,13 @@ def _on_white(picture: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
+def _unmistakable(labels: list[str]) -> list[int]:
+    """Rows whose words name one picture alone; "keycap: *" and "keycap: #" read the same."""
+    texts = [" ".join(split(label)) for label in labels]
+    times = Counter(texts)
+    return [row for row, text in enumerate(texts) if times[text] == 1]
+
+
 def main(
     data_folder: Annotated[Path, typer.Option("--data", help="The training set's folder.")],
     out: Annotated[Path, typer.Option(help="Folder of the reference.")] = FOLDER,
@@ -91,13 +100,13 @@ def main(
     pictures, entries = data.load(data_folder)
     rows = [row for row, entry in enumerate(entries) if entry.weight >= LEAST_WEIGHT]
     whole = [_on_white(pictures[row]) for row in rows]
-    asked = sorted(random.Random(0).sample(range(len(rows)), ASKED))
+    labels = [entries[row].labels[0] for row in rows]
+    asked = sorted(random.Random(0).sample(_unmistakable(labels), ASKED))
 
     out.mkdir(parents=True, exist_ok=True)
     # Halves, by the same mean of 2 x 2 that training uses for the members of a pair.
     _paste([picture.reduce(2) for picture in whole], out / "small.webp")
     _paste([whole[row] for row in asked], out / "asked.webp")
-    labels = [entries[row].labels[0] for row in rows]
     text = json.dumps({"asked": asked, "labels": labels}, ensure_ascii=False)
     (out / "labels.json").write_text(text, encoding="utf-8")
 
