@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import CASES, FIRST, each
 from torch import Tensor, nn
 
 import attnproc
-from attnproc.capture import Capture, Maps, capture, key_weights
+from attnproc.capture import Box, Capture, Maps, capture, components, key_weights, load
+from attnproc.capture.chosen import sides
 from attnproc.interop import processors
+from attnproc.kernels.visible import dense_mask
 from attnproc.types import Bias, Keys, Scoring
+from attnproc.verify.build import build
 
 KERNELS = ("reference", "sdpa", "chunked", "math")
 BATCH, HEADS, QUERIES, KEYS, DIM = 2, 4, 9, 7, 8
@@ -63,10 +69,10 @@ def plain_weights(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
 def test_weights_are_those_of_plain_attention(
     name: str, key_heads: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("attnproc.capture"), "_CHUNK", chunk)
+    monkeypatch.setattr(import_module("attnproc.capture.weights"), "_CHUNK", chunk)
     torch.manual_seed(0)
     q, k = torch.randn(BATCH, HEADS, QUERIES, DIM), torch.randn(BATCH, key_heads, KEYS, DIM)
-    scoring, chosen = SCORINGS[name](), torch.tensor([5, 0, 2])
+    scoring, chosen = SCORINGS[name](), [5, 0, 2]
 
     found = key_weights(q, k, chosen, scoring)
 
@@ -78,7 +84,7 @@ def test_weights_are_those_of_plain_attention(
 def test_weights_are_exact_for_the_queries_and_keys_as_they_are(dtype: torch.dtype) -> None:
     q, k = torch.randn(1, 2, 5, DIM).to(dtype), torch.randn(1, 2, KEYS, DIM).to(dtype)
 
-    found = key_weights(q, k, torch.arange(KEYS), Scoring())
+    found = key_weights(q, k, range(KEYS), Scoring())
 
     expected = plain_weights(q, k, Scoring()).mean(dim=1)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
@@ -284,3 +290,188 @@ def test_the_part_prints_compares_by_its_maps_and_pickles() -> None:
     assert part != Capture(Maps({"red": 1}), "layer")
     assert pickle.loads(pickle.dumps(part)).maps.words == ["red"]
     assert "Maps(red; 0 layers)" in attnproc.AttnProcessor2_0().but(around=(part,)).describe()
+
+
+@dataclass(frozen=True)
+class Spy:
+    """Keeps what a kernel gets and gives."""
+
+    calls: list[tuple[Tensor, Tensor, Tensor, Scoring, Tensor]]
+
+    def __call__(self, kernel: Any, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        o = kernel(q, k, v, scoring)
+        self.calls.append((q, k, v, scoring, o))
+        return o
+
+
+def naive_weights(q: Tensor, k: Tensor, scoring: Scoring, linear: bool) -> Tensor:
+    """All weights ``[B, H, Q, K]`` in float64, of softmax or of linear attention."""
+    q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    mask = dense_mask(scoring, q, k)
+    if linear:
+        keys = torch.ones(())
+        if mask is not None:
+            keys = mask.double() if mask.dtype == torch.bool else mask.double().exp()
+        weights = (q.relu() @ k.relu().transpose(-1, -2)) * keys
+        return weights / (weights.sum(dim=-1, keepdim=True) + scoring.eps)
+    scores = q @ k.transpose(-1, -2) * (scoring.scale or q.shape[-1] ** -0.5)
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    weights = scores.softmax(dim=-1).nan_to_num(0)
+    return weights if scoring.keep is None else weights * scoring.keep[:, None, :, None]
+
+
+# Of every class the plainest configuration, and those with masks, fewer key heads and texts.
+TOLD = {"bias", "bias_q", "keys", "bool3", "padded", "gqa", "text", "rope", "causal", "cross"}
+CHOSEN = [c for c in CASES if c is FIRST[c.cls] or TOLD & set(c.id.split("-")[1:])]
+
+
+@each(CHOSEN)
+@pytest.mark.usefixtures("stand_ins")
+@torch.no_grad()
+def test_maps_equal_plain_attention_in_every_configuration(case: Any) -> None:
+    setting = build(case, "ours", torch.float32, own_modules=True)
+    plain, calls = setting.call(), []
+    proc, maps = setting.processor, Maps(part=(0, 1))
+    parts = (Capture(maps, "layer"), Spy(calls))
+    # The outermost, where nothing is sliced or perturbed yet.
+    setting.processor = proc.but(around=(*parts, *proc.recipe.around))
+
+    found = setting.call()
+
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    if not calls:
+        pytest.skip("it has no kernel call here")
+    q, k, v, scoring, o = calls[0]
+    if scoring.mask is not None and len(scoring.mask[0]) not in (1, len(q)):
+        rows = torch.arange(len(q)) % len(scoring.mask[0])
+        scoring = scoring._replace(mask=type(scoring.mask)(scoring.mask[0][rows]))
+    linear = proc.recipe.kernel.linear
+    expected = naive_weights(q, k, scoring, linear)
+    if not proc.recipe.around:
+        wide = expected @ v.double().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        o = o if scoring.keep is None else o * scoring.keep[:, None, :, None]
+        torch.testing.assert_close(o.double(), wide, rtol=1e-4, atol=1e-5)
+    for slab in ("image-text", "text-image", "image-image"):
+        if slab == "text-image" and scoring.image is None:
+            continue
+        rows, cols = sides(slab, scoring, q.shape[2], k.shape[2])
+        got = Maps(part=(0, 1), slab=slab).reduced(q, k, scoring, linear=linear).double()
+        part = expected.mean(dim=1)[:, rows.start : rows.stop, cols.start : cols.stop]
+        torch.testing.assert_close(got, part, rtol=0, atol=1e-5)
+        if slab == "image-text":
+            assert torch.equal(maps.sums["layer"].double(), got)
+
+
+@torch.no_grad()
+def test_steps_heads_and_regions() -> None:
+    model = Model()
+    options: dict[str, Any] = {"part": (0, 1), "layers": "blocks.0.*"}
+
+    with (
+        capture(model, [0, 3], heads="each", each_step=True, **options) as each_head,
+        capture(model, [0, 3], heads=(1, 2), steps=(1,), **options) as some,
+        capture(model, kind="self", regions={"corner": Box(0, 0, 0.5, 0.5)}, **options) as corner,
+    ):
+        model()
+        model()
+
+    weights = each_head.taken["blocks.0.attn2"]
+    assert [tuple(w.shape) for w in weights] == [(2, 4, 16, 2)] * 2
+    torch.testing.assert_close(some.sums["blocks.0.attn2"], weights[1][:, 1:3].mean(dim=1))
+    assert some.calls == {"blocks.0.attn2": 1}
+    torch.testing.assert_close(
+        each_head.mean(step=0, head=2)[:, 1].flatten(1), weights[0][:, 2, :, 1]
+    )
+
+    block = model.blocks[0]
+    q, k = (
+        layer(model.x).unflatten(-1, (4, 8)).transpose(1, 2)
+        for layer in (block.attn1.to_q, block.attn1.to_k)
+    )
+    expected = plain_weights(q, k, Scoring()).mean(dim=1)[:, [0, 1, 4, 5]].mean(dim=1)
+    torch.testing.assert_close(corner["corner"].flatten(1).double(), expected, atol=1e-6, rtol=0)
+
+
+def test_boxes() -> None:
+    assert Box(0, 0, 0.5, 1).tokens(2, 4) == [0, 1, 4, 5]
+    assert Box.point(0.99, 0.6).tokens(2, 4) == [7]
+    with pytest.raises(ValueError, match="fractions left <= right"):
+        Box(0.5, 0, 0.2, 1)
+    model, corner = Model(), {"a": Box.point(0, 0)}
+    with (
+        pytest.raises(ValueError, match="no grid of that aspect"),
+        capture(model, kind="self", regions=corner, aspect=0.7),
+    ):
+        model()
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+@pytest.mark.parametrize("each_step", [False, True])
+@torch.no_grad()
+def test_maps_in_a_file_come_back(ending: str, each_step: bool, tmp_path: Path) -> None:
+    model = Model()
+    with capture(model, {"red": 1, "hot dog": (2, 3)}, each_step=each_step) as maps:
+        model()
+        model()
+
+    maps.save(tmp_path / f"maps{ending}")
+    back = load(tmp_path / f"maps{ending}")
+
+    assert torch.equal(back.mean(), maps.mean())
+    assert (back.words, back.calls) == (maps.words, maps.calls)
+    with pytest.raises(ValueError, match="ends in .npz or"):
+        maps.save("maps.csv")
+
+
+@torch.no_grad()
+def test_compiled_in_one_graph_for_all_steps() -> None:
+    model = Model()
+    expected = model()
+    with capture(model, [0, 4], each_step=True, steps=(0, 2)) as eager:
+        for _ in range(3):
+            model()
+    torch._dynamo.reset()
+
+    with capture(model, [0, 4], each_step=True, steps=(0, 2)) as maps:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        out = compiled()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(), compiled()
+
+    torch.testing.assert_close(out, expected)
+    assert maps.calls == eager.calls
+    torch.testing.assert_close(maps.mean(), eager.mean())
+
+
+def naive_components(q: Tensor, k: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """By a singular value decomposition of the whole map, in float64."""
+    whole = plain_weights(q, k, Scoring()).mean(dim=1)
+    centred = whole - whole.mean(dim=1, keepdim=True)
+    left, values, _ = torch.linalg.svd(centred)
+    share = values.square() / values.square().sum(dim=-1, keepdim=True)
+    return (left[..., :count] * values[:, None, :count]).transpose(1, 2), share[:, :count]
+
+
+@torch.no_grad()
+def test_components_are_those_of_the_whole_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("attnproc.capture.weights"), "_CHUNK", 1000)
+    model = Model()
+    model.x = model.x * 4
+    before = model()
+
+    with components(model, "blocks.0.*", step=1, part=(0, 1)) as found:
+        inside = model(), model()
+
+    q, k = found.pairs["blocks.0.attn1"]
+    places, share = found.of("blocks.0.attn1", 3)
+    expected, of_all = naive_components(q, k, 3)
+    assert torch.equal(inside[1], before)
+    torch.testing.assert_close(share.double(), of_all, rtol=1e-4, atol=0)
+    places, expected = places.flatten(2).double(), expected
+    signs = (places * expected).sum(dim=-1, keepdim=True).sign()
+    torch.testing.assert_close(places * signs, expected, rtol=0, atol=1e-5)
+    with pytest.raises(KeyError, match=r"there are blocks\.0\.attn1"):
+        found.of("nowhere")

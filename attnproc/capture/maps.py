@@ -1,0 +1,235 @@
+"""Sums of attention weights by layer, and the pictures that they make."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import Scoring
+from .chosen import Labels, Slab, by_label, grid_of, positions, sides
+from .rows import of_part
+from .weights import linear_weights, weights
+
+__all__ = ["Heads", "Maps"]
+
+Heads = Literal["mean", "each"] | Sequence[int]
+
+
+class Maps:
+    """Sums of attention weights by layer, for the words and regions that were asked for.
+
+    Words name tokens of the text, regions parts of the image; the slab says which of them are
+    queries and which keys. In an image-to-image slab regions are queries, words positions of keys.
+
+    Args:
+        words: Positions of tokens by label; None is every one.
+        part: Which of how many equal parts of the batch is kept.
+        regions: Parts of the image by label (`Box`, or positions); None is every token.
+        slab: Queries and keys, as "image-text".
+        steps: Which calls of a layer are kept, counted from 0; None is all.
+        each_step: Whether calls are kept apart, in place of their sum.
+        heads: "mean" over all heads, over those of a list, or "each" by itself.
+        aspect: Height of the image's grid divided by its width.
+
+    Attributes:
+        calls: How many calls were kept, by the layer's path.
+    """
+
+    def __init__(
+        self,
+        words: Labels = None,
+        part: tuple[int, int] = (1, 2),
+        *,
+        regions: Labels = None,
+        slab: Slab = "image-text",
+        steps: Collection[int] | None = None,
+        each_step: bool = False,
+        heads: Heads = "mean",
+        aspect: float = 1.0,
+    ) -> None:
+        self.keys = by_label(words)
+        self.regions = by_label(regions, "regions")
+        self.part, self.slab, self.aspect = part, slab, aspect
+        self.steps = None if steps is None else frozenset(steps)
+        self.each_step = each_step
+        self.heads: Heads = heads if isinstance(heads, str) else tuple(heads)
+        self.taken: dict[str, list[Tensor]] = {}
+        self.calls: dict[str, int] = {}
+        self.seen: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        of = "all keys" if self.keys is None else ", ".join(self.keys)
+        return f"Maps({of}; {len(self.taken)} layers)"
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The weights ``[B, queries, keys]`` by layer, summed over calls.
+
+        Of several keys of a label they are the sum, of several queries the mean. With
+        ``heads="each"`` the heads are a second axis.
+        """
+        return {path: torch.stack(kept).sum(dim=0) for path, kept in self.taken.items()}
+
+    @property
+    def words(self) -> list[str]:
+        """The labels of `mean`, in order."""
+        labels = self._labels
+        if labels is not None:
+            return list(labels)
+        first = self._of("*", None, None)[0]
+        return [str(i) for i in range(first.shape[-2 if self._over_keys else -1])]
+
+    def __getitem__(self, word: str) -> Tensor:
+        """The map ``[B, height, width]`` of one word, as `mean` gives it."""
+        if word not in self.words:
+            raise KeyError(f"{word!r} was not captured, there are {', '.join(self.words)}")
+        return self.mean()[:, self.words.index(word)]
+
+    def mean(
+        self,
+        layers: str = "*",
+        *,
+        tokens: int | None = None,
+        aspect: float | None = None,
+        step: int | None = None,
+        head: int | None = None,
+    ) -> Tensor:
+        """The mean over layers, calls and heads, as pictures.
+
+        Args:
+            layers: Pattern of the layers' paths.
+            tokens: Only layers whose pictures have so many tokens.
+            aspect: Height of the grid divided by its width, if it differs from the capture's.
+            step: Only this one of the calls that were kept; needs ``each_step=True``.
+            head: Only this head; needs ``heads="each"``.
+
+        Returns:
+            Weights ``[B, labels, height, width]`` on the largest of the layers' grids, to which
+            smaller ones are interpolated.
+
+        Raises:
+            ValueError: No captured layer fits, or the tokens are no grid of that aspect.
+        """
+        aspect = self.aspect if aspect is None else aspect
+        planes = [self._planes(w, head) for w in self._of(layers, tokens, step)]
+        grids = [plane.unflatten(-1, grid_of(plane.shape[-1], aspect)) for plane in planes]
+        size = max((grid.shape[-2:] for grid in grids), key=math.prod)
+        same = [F.interpolate(grid, size, mode="bilinear", antialias=True) for grid in grids]
+        return torch.stack(same).mean(dim=0)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the weights to a ``.npz`` or ``.safetensors`` file; `attnproc.capture.load`."""
+        from .saving import save
+
+        save(self, Path(path))
+
+    def wants(self, layer: str) -> bool:
+        """Counts a call of a layer; whether it is one of those to keep."""
+        step = self.seen.get(layer, 0)
+        self.seen[layer] = step + 1
+        return self.steps is None or step in self.steps
+
+    def reduced(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scoring: Scoring,
+        lse: Tensor | None = None,
+        linear: bool = False,
+    ) -> Tensor:
+        """One call's weights ``[B, (H,) queries, keys]`` of q ``[B, H, Q, D]`` and its keys.
+
+        Args:
+            q: All queries, of the whole batch.
+            k: All keys ``[B, H', K, D]``.
+            scoring: Masks and scale, as the kernel gets them.
+            lse: Log-sum-exp ``[B, H, Q]`` of the scores, if the kernel gave it.
+            linear: Whether it is attention without a softmax.
+        """
+        q, k, scoring, lse = of_part(self.part, q, k, scoring, lse)
+        rooms = sides(self.slab, scoring, q.shape[2], k.shape[2])
+        rows = positions(self._rows, rooms[0], self.aspect, "regions")
+        cols = positions(self._cols, rooms[1], self.aspect, "words")
+        chosen = [
+            room if groups is None else [i for group in groups for i in group]
+            for groups, room in zip((rows, cols), rooms, strict=True)
+        ]
+        parts = (
+            linear_weights(q, k, scoring, *chosen)
+            if linear
+            else weights(q, k, scoring, *chosen, lse)
+        )
+        found = torch.cat([_joined(self._of_heads(part), cols) for part in parts], dim=-2)
+        if rows is None:
+            return found
+        groups = found.split([len(group) for group in rows], dim=-2)
+        return torch.stack([group.mean(dim=-2) for group in groups], dim=-2)
+
+    def add(self, layer: str, found: Tensor) -> None:
+        """Adds what `reduced` gave for a call."""
+        kept = self.taken.setdefault(layer, [])
+        if self.each_step or not kept:
+            kept.append(found)
+        else:
+            kept[0] = kept[0] + found
+        self.calls[layer] = self.calls.get(layer, 0) + 1
+
+    @property
+    def _rows(self) -> dict[str, list[int]] | None:
+        return self.keys if self.slab.startswith("text") else self.regions
+
+    @property
+    def _cols(self) -> dict[str, list[int]] | None:
+        return self.regions if self.slab == "text-image" else self.keys
+
+    @property
+    def _over_keys(self) -> bool:
+        """Whether the pictures lie along the keys, and the labels along the queries."""
+        return self.slab == "text-image" or (self._rows is not None and self._cols is None)
+
+    @property
+    def _labels(self) -> dict[str, list[int]] | None:
+        return self._rows if self._over_keys else self._cols
+
+    def _of_heads(self, part: Tensor) -> Tensor:
+        """Weights ``[B, H, rows, cols]`` over the heads that were asked for."""
+        if self.heads == "each":
+            return part
+        return part.mean(dim=1) if self.heads == "mean" else part[:, list(self.heads)].mean(dim=1)
+
+    def _planes(self, found: Tensor, head: int | None) -> Tensor:
+        """Weights as ``[B, labels, tokens]``."""
+        if self.heads == "each":
+            found = found.mean(dim=1) if head is None else found[:, head]
+        return found if self._over_keys else found.transpose(-1, -2)
+
+    def _of(self, layers: str, tokens: int | None, step: int | None) -> list[Tensor]:
+        """Mean weights over calls of the layers that fit."""
+        axis = -1 if self._over_keys else -2
+        found = [
+            sum(kept) / self.calls[path] if step is None else kept[step]
+            for path, kept in self.taken.items()
+            if fnmatch.fnmatchcase(path, layers) and tokens in (None, kept[0].shape[axis])
+        ]
+        if not found:
+            have = (f"{path} ({kept[0].shape[axis]})" for path, kept in self.taken.items())
+            raise ValueError(
+                f"layers={layers!r}, tokens={tokens}: no such layer was captured; captured with "
+                f"their queries: {', '.join(have) or 'none'}"
+            )
+        return found
+
+
+def _joined(found: Tensor, groups: list[list[int]] | None) -> Tensor:
+    """Sums over the keys of a label."""
+    if groups is None or all(len(group) == 1 for group in groups):
+        return found
+    parts = found.split([len(group) for group in groups], dim=-1)
+    return torch.stack([part.sum(dim=-1) for part in parts], dim=-1)

@@ -1,0 +1,67 @@
+"""The part that records maps beside the kernel call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import Kernel
+from ..types import KernelCall, Scoring
+from .maps import Maps
+from .recorder import record, ticket_for
+
+__all__ = ["Capture"]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Records the weights of chosen queries and keys beside the kernel call.
+
+    As the outermost wrapper it sees the whole batch and all heads: what slicing or perturbation
+    further in make of the call does not show.
+
+    Args:
+        maps: Where the sums are kept.
+        layer: Their name there.
+    """
+
+    maps: Maps
+    layer: str
+    ticket: Tensor = field(init=False, repr=False, compare=False)
+    name: ClassVar[str] = "capture"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ticket", ticket_for(self))
+
+    def __reduce__(self) -> Any:
+        return Capture, (self.maps, self.layer)
+
+    def __call__(
+        self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+    ) -> Tensor:
+        with torch.no_grad():
+            if torch.compiler.is_compiling():
+                # The graph stays the same at all steps: it computes what may not be wanted.
+                record(self.ticket, self._weights(kernel, q, k, scoring))
+            elif self.maps.wants(self.layer):
+                self.maps.add(self.layer, self._weights(kernel, q, k, scoring))
+        return kernel(q, k, v, scoring)
+
+    def take(self, found: Tensor) -> None:
+        """Adds what a graph computed in one call."""
+        if self.maps.wants(self.layer):
+            self.maps.add(self.layer, found)
+
+    def _weights(self, kernel: KernelCall, q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
+        return self.maps.reduced(q, k, scoring, linear=_innermost(kernel).linear)
+
+
+def _innermost(call: Any) -> Kernel:
+    """The kernel within wrappers and checks."""
+    while not isinstance(call, Kernel):
+        call = next(arg for arg in call.args if isinstance(arg, Kernel | partial))
+    return call
