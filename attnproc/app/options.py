@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["Batch", "Device", "Guidance", "Processor", "Prompt", "Seed", "Size", "Steps"]
+__all__ = [
+    "Batch",
+    "Custom",
+    "Device",
+    "Guidance",
+    "Image",
+    "Lora",
+    "Pag",
+    "Processor",
+    "Prompt",
+    "Seed",
+    "Size",
+    "Steps",
+]
 
 Prompt = Annotated[str, typer.Argument(help='The words, such as "red heart".', show_default=False)]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; others count on.")]
@@ -27,3 +41,22 @@ Size = Annotated[
     int, typer.Option(min=64, max=4096, help="Width and height of the written picture, in pixels.")
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")]
+
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:WEIGHT]", help="Low-rank updates of attention (LoRA); may be given again."
+    ),
+]
+Custom = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Projections of cross attention (Custom Diffusion)."),
+]
+Image = Annotated[
+    str | None,
+    typer.Option(metavar="PICTURE[:SCALE]", help="A picture that steers the colours and shapes."),
+]
+Pag = Annotated[
+    float,
+    typer.Option(min=0.0, help="Weight of perturbed-attention guidance; 0 turns it off."),
+]

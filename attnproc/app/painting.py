@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,13 +71,19 @@ def load(device: str) -> StableDiffusionPipeline:
     return pipeline
 
 
-def paint(pipeline: StableDiffusionPipeline, request: Request, tick: Tick) -> list[Image]:
+def paint(
+    pipeline: StableDiffusionPipeline,
+    request: Request,
+    tick: Tick,
+    inputs: Mapping[str, Any] | None = None,
+) -> list[Image]:
     """Makes the pictures.
 
     Args:
         pipeline: The demo model.
         request: What to paint.
         tick: Called after each step.
+        inputs: Further arguments of the pipeline's call.
 
     Returns:
         RGB pictures in the model's own size.
@@ -98,6 +104,7 @@ def paint(pipeline: StableDiffusionPipeline, request: Request, tick: Tick) -> li
             guidance_scale=request.guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             callback_on_step_end=after_step,
+            **(inputs or {}),
         )
     return result.images
 
