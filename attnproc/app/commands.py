@@ -8,7 +8,10 @@ import typer
 from typer.core import TyperGroup
 
 import attnproc
+from attnproc.app.autotune import autotune
 from attnproc.app.compare import compare
+from attnproc.app.doctor import doctor
+from attnproc.app.explain import explain
 from attnproc.app.faults import Fault, missing
 from attnproc.app.generate import generate
 from attnproc.app.listing import list_processors
@@ -59,6 +62,9 @@ def _top(
 app.command()(generate)
 app.command()(compare)
 app.command("list")(list_processors)
+app.command()(doctor)
+app.command()(explain)
+app.command()(autotune)
 
 
 @app.command(

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from ..types import Scoring
 from .base import Kernel
-from .reference import factor, masked_scores
+from .reference import factor
 from .takes import Takes
-from .visible import limits, merged, structure, values
+from .visible import limits, structure, values
 
 __all__ = ["CHUNKED", "chunked", "chunked_lse"]
 
@@ -96,7 +96,7 @@ def _row(
         new = torch.maximum(top, scores.amax(dim=-1))
         # A row that has seen no key yet has no finite top.
         base = new.masked_fill(new == -torch.inf, 0)
-        weights, shrink = (scores - base[..., None]).exp(), (top - base).exp()
+        weights, shrink = scores.sub_(base[..., None]).exp_(), (top - base).exp()
         total = total * shrink + weights.sum(dim=-1)
         sums = sums * shrink[..., None] + _times(weights, v[:, :, cols].to(wide))
         top = new
@@ -126,13 +126,13 @@ def _backward(
         rows, cols = tile
         some, theirs, more = do[:, :, rows].to(wide), v[:, :, cols].to(wide), dlse[:, :, rows]
         scores = _scores(q, k, mask, positions, scale, tile, wide)
-        weights = (scores - base[:, :, rows, None]).exp()
+        weights = scores.sub_(base[:, :, rows, None]).exp_()
         dv[:, :, cols] += _times_transposed(weights, some, k.shape[1])
         inner = (some * o[:, :, rows].to(wide)).sum(dim=-1) - more.to(wide)
-        dscores = weights * (_times(some, theirs.transpose(-1, -2)) - inner[..., None])
+        dscores = _times(some, theirs.transpose(-1, -2)).sub_(inner[..., None]).mul_(weights)
         if dmask is not None:
             _add_to(dmask, dscores, tile)
-        dscores = dscores * scale
+        dscores = dscores.mul_(scale)
         dq[:, :, rows] += _times(dscores, k[:, :, cols].to(wide))
         dk[:, :, cols] += _times_transposed(dscores, q[:, :, rows].to(wide), k.shape[1])
     return (
@@ -155,9 +155,13 @@ def _scores(
     """Masked scores of a tile ``[B, H, rows, cols]``."""
     rows, cols = tile
     scores = _times(q[:, :, rows].to(wide) * scale, k[:, :, cols].to(wide).transpose(-1, -2))
+    if mask is not None:
+        part = _part(mask, tile)
+        scores = (
+            scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+        )
     seen = structure(positions, rows, cols, q.shape[0], q.shape[1], q.device)
-    part = None if mask is None else _part(mask, tile)
-    return masked_scores(scores, merged(part, seen))
+    return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
 
 
 def _part(mask: Tensor, tile: _Tile) -> Tensor:
