@@ -119,7 +119,7 @@ def package(module: str, install: str) -> ModuleType:
     Raises:
         ImportError: It is not there; the message says how to install it.
     """
-    if module not in sys.modules:
+    if sys.modules.get(module) is None:
         _import(module, install)
     return sys.modules[module]
 
