@@ -35,7 +35,9 @@ class Scope(NamedTuple):
 
 
 _SCOPE: ContextVar[Scope | None] = ContextVar("attnproc_backend", default=None)
-# What compiled code is guarded by: the scope that was entered last.
+# The scopes that are open in any thread or task, in the order of entry; tasks may leave them in
+# another. Compiled code is guarded by the last.
+_open: list[Scope] = []
 _latest: Scope | None = None
 
 
@@ -73,13 +75,17 @@ def backend(
 def within(name: Any, watch: Watch | None, fallback: str | None = None) -> Iterator[None]:
     """A block whose calls go through `watch`."""
     global _latest
-    before, token = _latest, _SCOPE.set(Scope(named(name).name, fallback, watch))
-    _latest = _SCOPE.get()
+    entered = Scope(named(name).name, fallback, watch)
+    token = _SCOPE.set(entered)
+    _open.append(entered)
+    _latest = entered
     try:
         yield
     finally:
         _SCOPE.reset(token)
-        _latest = before
+        # By identity: scopes of equal content may be open several times.
+        del _open[next(i for i, scope in enumerate(_open) if scope is entered)]
+        _latest = _open[-1] if _open else None
 
 
 def check_fallback(fallback: str | None) -> None:
