@@ -61,7 +61,7 @@ def on(
     return chosen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layers:
     """Chosen layers of a model; `attnproc.on` makes them.
 
@@ -73,6 +73,10 @@ class Layers:
     kind: Kind | None = None
     depth: int | None = None
     resolution: int | None = None
+
+    def __repr__(self) -> str:
+        paths = [path for path, _ in self.layers()]
+        return f"Layers({type(self.model).__name__}: {', '.join(paths)})"
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """The chosen attention modules with their paths."""
