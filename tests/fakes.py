@@ -38,6 +38,7 @@ __all__ = [
     "fake_sage",
     "fake_torch_npu",
     "fake_torch_xla",
+    "fake_varlen",
     "fake_xformers",
 ]
 
@@ -372,7 +373,7 @@ class FakeFlash:
     """
 
     def __init__(self, version: int = 2) -> None:
-        self.version = version
+        self.version, self.has_windows = version, True
         self.calls: list[dict[str, Any]] = []
 
     @property
@@ -612,6 +613,30 @@ def fake_flash4(monkeypatch: pytest.MonkeyPatch) -> FakeFlash:
     fake = FakeFlash(4)
     _install(monkeypatch, "flash_attn")
     _install(monkeypatch, "flash_attn.cute", "4.0.0", **fake.functions)
+    return fake
+
+
+@pytest.fixture(params=["2.10", "2.13"])
+def fake_varlen(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeFlash:
+    """A `FakeFlash` as torch's `varlen_attn`, with the arguments of two versions of torch."""
+    from torch.nn.attention import varlen
+
+    fake = FakeFlash(2)
+
+    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        window = (-1, 0 if is_causal else -1)
+        return fake._packed(query, key, value, (cu_seq_q, cu_seq_k), None, window, lse=True)
+
+    def new(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+        window_size=(-1, -1), enable_gqa=False,
+    ):  # fmt: skip
+        assert enable_gqa or query.shape[1] == key.shape[1]
+        starts = (cu_seq_q, cu_seq_k)
+        return fake._packed(query, key, value, starts, scale, window_size, lse=True)
+
+    monkeypatch.setattr(varlen, "varlen_attn", old if request.param == "2.10" else new)
+    fake.has_windows = request.param != "2.10"
     return fake
 
 

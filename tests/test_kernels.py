@@ -18,6 +18,7 @@ from attnproc.kernels import (
     FLASH3,
     FLASH4,
     REFERENCE,
+    VARLEN,
     Kernel,
     Refused,
     ask,
@@ -81,6 +82,17 @@ def test_flash_attn(
     equal(kernel, SCORINGS[case])
 
 
+@pytest.mark.parametrize("case", SCORINGS)
+def test_varlen(case: str, fake_varlen: FakeFlash) -> None:
+    scoring = SCORINGS[case]
+    if scoring.window is None or fake_varlen.has_windows:
+        equal(VARLEN, scoring)
+        equal(VARLEN, scoring._replace(scale=torch.tensor(0.3)))
+        return
+    reasons = why_not(VARLEN.takes, ask(*inputs(), scoring))
+    assert "mask window: this version of torch has none" in reasons
+
+
 def test_flash_attn_takes_dropout_in_version_2_alone(fake_flash: FakeFlash) -> None:
     q, k, v = inputs()
     FLASH2(q, k, v, Scoring(dropout=0.5))
@@ -132,9 +144,9 @@ def test_the_hub_is_asked_for_a_named_revision_alone(fake_hub: FakeHub) -> None:
 
 
 def test_packing_is_static_and_keeps_the_rest_out() -> None:
-    _, k, v = inputs()
-    packed = pack(k, v, Scoring(mask=Keys(VALID)))
-    assert packed.starts.tolist() == [0, 4, 4, 11]
+    q, k, v = inputs()
+    packed = pack(q, k, v, Scoring(mask=Keys(VALID)))
+    assert packed.k_starts.tolist() == [0, 4, 4, 11]
     assert packed.empty.tolist() == [False, True, False]
     assert packed.k.shape == (21, 2, 8)
     torch.testing.assert_close(packed.k[3], k[0, :, 4])

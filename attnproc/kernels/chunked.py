@@ -46,6 +46,31 @@ def chunked_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tens
     return _Chunked.apply(q, k, v, values(scoring), positions, scale)
 
 
+class _Work(NamedTuple):
+    """What the tiles of one call have in common."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    positions: Scoring
+    scale: float
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What is accumulated in."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def queries(self, rows: slice) -> Tensor:
+        return self.q[:, :, rows].to(self.wide)
+
+    def keys(self, cols: slice) -> Tensor:
+        return self.k[:, :, cols].to(self.wide)
+
+    def values(self, cols: slice) -> Tensor:
+        return self.v[:, :, cols].to(self.wide)
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -57,110 +82,80 @@ class _Chunked(torch.autograd.Function):
         positions: Scoring,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        spans = _spans(q.shape[2], _sides(q, k)[0])
-        parts = [_row(q, k, v, mask, positions, scale, rows, wide) for rows in spans]
-        o, total = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(q, k, v, mask, o, total)
+        work = _Work(q, k, v, mask, positions, scale)
+        parts = [_row(work, rows) for rows in _spans(q.shape[2], _sides(q, k)[0])]
+        o, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(q, k, v, mask, o, lse)
         ctx.positions, ctx.scale = positions, scale
-        return o, total
+        return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _backward(*ctx.saved_tensors, ctx.positions, ctx.scale, do, dlse)
+        *inputs, o, lse = ctx.saved_tensors
+        grads = _backward(_Work(*inputs, ctx.positions, ctx.scale), o, lse, do, dlse)
         needed = ctx.needs_input_grad[:4]
         return *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
 
 
-def _row(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    positions: Scoring,
-    scale: float,
-    rows: slice,
-    wide: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _row(work: _Work, rows: slice) -> tuple[Tensor, Tensor]:
     """The output ``[B, H, rows, D]`` and log-sum-exp of some queries, over all keys."""
-    batch, heads = q.shape[:2]
-    shape = (batch, heads, rows.stop - rows.start)
-    top = q.new_full(shape, -torch.inf, dtype=wide)
-    total, sums = q.new_zeros(shape, dtype=wide), q.new_zeros(*shape, v.shape[3], dtype=wide)
+    q, k, v = work.q, work.k, work.v
+    shape = (*q.shape[:2], rows.stop - rows.start)
+    top = q.new_full(shape, -torch.inf, dtype=work.wide)
+    total, sums = torch.zeros_like(top), q.new_zeros(*shape, v.shape[3], dtype=work.wide)
     for cols in _spans(k.shape[2], _sides(q, k)[1]):
         tile = _Tile(rows, cols)
-        if _is_hidden(tile, positions):
+        if _is_hidden(tile, work.positions):
             continue
-        scores = _scores(q, k, mask, positions, scale, tile, wide)
+        scores = _scores(work, tile)
         new = torch.maximum(top, scores.amax(dim=-1))
         # A row that has seen no key yet has no finite top.
         base = new.masked_fill(new == -torch.inf, 0)
         weights, shrink = scores.sub_(base[..., None]).exp_(), (top - base).exp()
         total = total * shrink + weights.sum(dim=-1)
-        sums = sums * shrink[..., None] + _times(weights, v[:, :, cols].to(wide))
+        sums = sums * shrink[..., None] + _times(weights, work.values(cols))
         top = new
-    empty = total == 0
-    out = sums / total.masked_fill(empty, 1)[..., None]
+    out = sums / total.masked_fill(total == 0, 1)[..., None]
     return out.to(q.dtype), top + total.log()
 
 
 def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    positions: Scoring,
-    scale: float,
-    do: Tensor,
-    dlse: Tensor,
+    work: _Work, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    wide = lse.dtype
-    dq, dk, dv = (torch.zeros_like(t, dtype=wide) for t in (q, k, v))
+    q, k, v, mask = work[:4]
+    dq, dk, dv = (torch.zeros_like(t, dtype=work.wide) for t in (q, k, v))
     learned = mask is not None and mask.dtype != torch.bool
-    dmask = torch.zeros_like(mask, dtype=wide) if learned else None
+    dmask = torch.zeros_like(mask, dtype=work.wide) if learned else None
     base = lse.masked_fill(lse == -torch.inf, 0)
-    for tile in _tiles(q, k, positions):
+    for tile in _tiles(q, k, work.positions):
         rows, cols = tile
-        some, theirs, more = do[:, :, rows].to(wide), v[:, :, cols].to(wide), dlse[:, :, rows]
-        scores = _scores(q, k, mask, positions, scale, tile, wide)
-        weights = scores.sub_(base[:, :, rows, None]).exp_()
+        some = do[:, :, rows].to(work.wide)
+        weights = _scores(work, tile).sub_(base[:, :, rows, None]).exp_()
         dv[:, :, cols] += _times_transposed(weights, some, k.shape[1])
-        inner = (some * o[:, :, rows].to(wide)).sum(dim=-1) - more.to(wide)
-        dscores = _times(some, theirs.transpose(-1, -2)).sub_(inner[..., None]).mul_(weights)
+        inner = (some * o[:, :, rows].to(work.wide)).sum(dim=-1) - dlse[:, :, rows].to(work.wide)
+        dscores = _times(some, work.values(cols).transpose(-1, -2))
+        dscores = dscores.sub_(inner[..., None]).mul_(weights)
         if dmask is not None:
             _add_to(dmask, dscores, tile)
-        dscores = dscores.mul_(scale)
-        dq[:, :, rows] += _times(dscores, k[:, :, cols].to(wide))
-        dk[:, :, cols] += _times_transposed(dscores, q[:, :, rows].to(wide), k.shape[1])
-    return (
-        dq.to(q.dtype),
-        dk.to(k.dtype),
-        dv.to(v.dtype),
-        None if mask is None or dmask is None else dmask.to(mask.dtype),
-    )
+        dscores = dscores.mul_(work.scale)
+        dq[:, :, rows] += _times(dscores, work.keys(cols))
+        dk[:, :, cols] += _times_transposed(dscores, work.queries(rows), k.shape[1])
+    grads = (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+    return *grads, None if mask is None or dmask is None else dmask.to(mask.dtype)
 
 
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    positions: Scoring,
-    scale: float,
-    tile: _Tile,
-    wide: torch.dtype,
-) -> Tensor:
-    """Masked scores of a tile ``[B, H, rows, cols]``."""
+def _scores(work: _Work, tile: _Tile) -> Tensor:
+    """Masked scores of a tile ``[B, H, rows, cols]``, a tensor of its own."""
     rows, cols = tile
-    scores = _times(q[:, :, rows].to(wide) * scale, k[:, :, cols].to(wide).transpose(-1, -2))
-    if mask is not None:
-        part = _part(mask, tile)
-        scores = (
-            scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores + part
-        )
-    seen = structure(positions, rows, cols, q.shape[0], q.shape[1], q.device)
+    scores = _times(work.queries(rows) * work.scale, work.keys(cols).transpose(-1, -2))
+    if work.mask is not None:
+        part = _part(work.mask, tile)
+        if part.dtype == torch.bool:
+            scores = scores.masked_fill_(~part, -torch.inf)
+        else:
+            scores = scores + part.to(work.wide)
+    seen = structure(work.positions, rows, cols, *work.q.shape[:2], work.q.device)
     return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
 
 

@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..types import Keys, Scoring
 from .base import Kernel, package
-from .packed import pack, packable, span
+from .packed import TAKES, pack
 from .reference import factor
-from .takes import HALF, Takes
 from .visible import limits
 
 __all__ = ["FLASH2", "FLASH3", "FLASH4", "Library", "flash", "flash_lse"]
@@ -77,21 +75,16 @@ def _packed(
     scoring: Scoring,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    batch, _, queries, _ = q.shape
-    packed = pack(k, v, scoring)
+    packed = pack(q, k, v, scoring)
     options = {
         **options,
-        "cu_seqlens_q": span(batch, queries, q.device),
-        "cu_seqlens_k": packed.starts,
-        "max_seqlen_q": queries,
-        "max_seqlen_k": k.shape[2],
+        "cu_seqlens_q": packed.q_starts,
+        "cu_seqlens_k": packed.k_starts,
+        "max_seqlen_q": packed.lengths[0],
+        "max_seqlen_k": packed.lengths[1],
     }
-    flat = q.transpose(1, 2).flatten(0, 1)
-    o, lse, *_ = _called(function, flat, packed.k, packed.v, options)
-    o = o.unflatten(0, (batch, queries)).transpose(1, 2)
-    lse = lse.unflatten(1, (batch, queries)).transpose(0, 1)  # from [H, B*Q]
-    empty = packed.empty[:, None, None]
-    return o.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    o, lse, *_ = _called(function, packed.q, packed.k, packed.v, options)
+    return packed.output(o), packed.lse(lse)
 
 
 def _called(
@@ -110,19 +103,7 @@ def _names(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _kernel(name: str, library: Library, **changes: Any) -> Kernel:
-    takes = Takes(
-        devices=("cuda",),
-        dtypes=HALF,
-        dims=(8, 256, 8),
-        any_v=False,
-        masks=frozenset({"keys", "causal", "window"}),
-        lse=True,
-        deterministic=False,
-        traceable=False,
-        needs=library.module,
-        install=library.install,
-        also=packable,
-    )
+    takes = replace(TAKES, traceable=False, needs=library.module, install=library.install)
     return Kernel(name, flash, (library,), takes=replace(takes, **changes), with_lse=flash_lse)
 
 

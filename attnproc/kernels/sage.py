@@ -6,15 +6,16 @@ Source: https://arxiv.org/abs/2411.10958
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..types import Scoring
 from .base import Kernel, package
-from .packed import pack, packable, span
+from .packed import TAKES, pack
 from .reference import factor
-from .takes import HALF, Takes
+from .takes import Takes
 
 __all__ = ["SAGE", "sage"]
 
@@ -40,21 +41,18 @@ def sage_lse(
 
 def sage_varlen(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, function: str) -> Tensor:
     """Over the keys that are no padding."""
-    batch, _, queries, _ = q.shape
-    packed = pack(k, v, scoring)
+    packed = pack(q, k, v, scoring)
     o = _function(function)(
-        q.transpose(1, 2).flatten(0, 1),
+        packed.q,
         packed.k,
         packed.v,
-        span(batch, queries, q.device),
-        packed.starts,
-        queries,
-        k.shape[2],
+        packed.q_starts,
+        packed.k_starts,
+        *packed.lengths,
         is_causal=scoring.causal,
         sm_scale=factor(q, scoring),
     )
-    o = o.unflatten(0, (batch, queries)).transpose(1, 2)
-    return o.masked_fill(packed.empty.view(-1, 1, 1, 1), 0.0)
+    return packed.output(o)
 
 
 def _function(name: str) -> Any:
@@ -65,11 +63,9 @@ def _function(name: str) -> Any:
 
 
 def _takes(*masks: str, lse: bool) -> Takes:
-    return Takes(
-        devices=("cuda",),
-        dtypes=HALF,
+    return replace(
+        TAKES,
         dims=(1, 128, 1),
-        any_v=False,
         masks=frozenset(masks),
         backward=False,
         lse=lse,
@@ -77,7 +73,6 @@ def _takes(*masks: str, lse: bool) -> Takes:
         exact=False,
         needs="sageattention",
         install=_INSTALL,
-        also=packable,
     )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import inspect
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
 from ..types import Scoring
 from .base import Kernel, package
-from .packed import pack, packable, span
-from .takes import HALF, Takes
+from .packed import TAKES, pack, packable
+from .reference import expand_heads, factor
+from .takes import Ask, constant, missing
 from .visible import limits
 
 __all__ = ["VARLEN", "varlen", "varlen_lse"]
@@ -24,47 +28,52 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 def varlen_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """`varlen` and the log-sum-exp of its scores ``[B, H, Q]``, which has no gradient."""
     module = package(_MODULE, _INSTALL)
-    batch, heads, queries, _ = q.shape
-    scale = scoring.scale
-    if isinstance(scale, Tensor):
-        q, scale = q * scale.to(q.dtype), 1.0
-    packed = pack(k, v, scoring)
+    scale = factor(q, scoring)
+    if isinstance(scale, Tensor) or not _has("scale"):
+        q, scale = q * (scale * q.shape[-1] ** 0.5), None
+    options: dict[str, Any] = {"scale": scale} if _has("scale") else {}
+    if q.shape[1] != k.shape[1]:
+        options["enable_gqa"] = True
+        if not _has("enable_gqa"):
+            k, v = expand_heads(k, q), expand_heads(v, q)
+            del options["enable_gqa"]
     left, right = limits(scoring)
+    if _has("window_size"):
+        options["window_size"] = (-1 if left is None else left, -1 if right is None else right)
+    elif right == 0:
+        options["is_causal"] = True
+
+    packed = pack(q, k, v, scoring)
     o, lse = module.varlen_attn(
-        q.transpose(1, 2).flatten(0, 1),
+        packed.q,
         packed.k,
         packed.v,
-        span(batch, queries, q.device),
-        packed.starts,
-        queries,
-        k.shape[2],
+        packed.q_starts,
+        packed.k_starts,
+        *packed.lengths,
         return_aux=module.AuxRequest(lse=True),
-        scale=scale,
-        window_size=(-1 if left is None else left, -1 if right is None else right),
-        enable_gqa=heads != k.shape[1],
+        **options,
     )
-    # Some versions give [H, B*Q], some [B*Q, H].
-    lse = lse if lse.shape[0] == heads else lse.transpose(0, 1)
-    lse = lse.unflatten(1, (batch, queries)).transpose(0, 1)
-    o = o.unflatten(0, (batch, queries)).transpose(1, 2)
-    empty = packed.empty[:, None, None]
-    return o.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+    return packed.output(o), packed.lse(lse)
+
+
+@constant
+def _has(argument: str) -> bool:
+    """Whether this torch's function has an argument that some versions lack."""
+    module = package(_MODULE, _INSTALL)
+    return argument in inspect.signature(module.varlen_attn).parameters
+
+
+def _also(asked: Ask) -> str | None:
+    # Where the module is missing, that is the reason.
+    if "window" in asked.kinds and missing(_MODULE, _INSTALL) is None and not _has("window_size"):
+        return "mask window: this version of torch has none"
+    return packable(asked)
 
 
 VARLEN = Kernel(
     "varlen",
     varlen,
-    takes=Takes(
-        devices=("cuda",),
-        dtypes=HALF,
-        dims=(8, 256, 8),
-        any_v=False,
-        masks=frozenset({"keys", "causal", "window"}),
-        lse=True,
-        deterministic=False,
-        needs=_MODULE,
-        install=_INSTALL,
-        also=packable,
-    ),
+    takes=replace(TAKES, needs=_MODULE, install=_INSTALL, also=_also),
     with_lse=varlen_lse,
 )
