@@ -22,7 +22,7 @@ from .types import Bias, Blocks, Causal, Keys, Recipe, Window
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     *presets.__all__,
     "Attention",
     "Bias",
@@ -48,6 +48,8 @@ __all__ = [
     "explain",
     "on",
     "register_kernel",
+    "pack",
+    "unpack",
     "restore",
     "set_backend",
     "swap",

@@ -49,6 +49,21 @@ def _parted(proc: Processor, context: Context, states: Any) -> tuple[T, Any]:
     return context
 
 
+def _run(
+    proc: Processor,
+    attn: Any,
+    x: Tensor,
+    context: Context,
+    mask: T,
+    temb: T,
+    rope: Any,
+    states: Any,
+    masks: Any,
+) -> Any:
+    text, states = _parted(proc, context, states)
+    return proc.run(attn, Call(x, text, mask, temb, rope, ip_states=states, ip_masks=masks))
+
+
 # fmt: off
 class UNetCall(Processor):
     """Self or cross attention of a U-Net."""
@@ -58,9 +73,8 @@ class UNetCall(Processor):
         attention_mask: T = None, temb: T = None, *args: Any,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Tensor:
-        context, states = _parted(self, encoder_hidden_states, ip_hidden_states)
-        return self.run(attn, Call(hidden_states, context, attention_mask, temb,
-                                   ip_states=states, ip_masks=ip_adapter_masks))
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                    ip_hidden_states, ip_adapter_masks)
 
 
 class TembCall(Processor):
@@ -71,9 +85,8 @@ class TembCall(Processor):
         attention_mask: T = None, temb: T = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
-        return UNetCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                    ip_hidden_states, ip_adapter_masks)
 
 
 class PlainCall(Processor):
@@ -84,9 +97,8 @@ class PlainCall(Processor):
         attention_mask: T = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return UNetCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                    ip_hidden_states, ip_adapter_masks)
 
 
 class AddedCall(Processor):
@@ -97,9 +109,8 @@ class AddedCall(Processor):
         attention_mask: T = None, *args: Any, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Any:
-        return UNetCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                    ip_hidden_states, ip_adapter_masks)
 
 
 class LoRACall(Processor):
@@ -130,9 +141,8 @@ class PromptCall(Processor):
         if isinstance(context, Tensor) and ip_hidden_states is None and self.recipe.prompts:
             end = context.shape[1] - self.num_tokens[0]
             context = (context[:, :end], [context[:, end:]])
-        context, states = _parted(self, context, ip_hidden_states)
-        return self.run(attn, Call(hidden_states, context, attention_mask, temb,
-                                   ip_states=states, ip_masks=ip_adapter_masks))
+        return _run(self, attn, hidden_states, context, attention_mask, temb, None,
+                    ip_hidden_states, ip_adapter_masks)
 
 
 class JointPromptCall(Processor):
@@ -143,9 +153,8 @@ class JointPromptCall(Processor):
         attention_mask: T = None, ip_hidden_states: Any = None, temb: T = None, *,
         ip_adapter_masks: Any = None,
     ) -> Any:
-        return UNetCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                    ip_hidden_states, ip_adapter_masks)
 
 
 class AuraFlowCall(Processor):
@@ -156,9 +165,8 @@ class AuraFlowCall(Processor):
         *args: Any, attention_mask: T = None, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Any:
-        return UNetCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                    ip_hidden_states, ip_adapter_masks)
 
 
 class RotaryCall(Processor):
@@ -169,9 +177,8 @@ class RotaryCall(Processor):
         attention_mask: T = None, temb: T = None, image_rotary_emb: Any = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        context, states = _parted(self, encoder_hidden_states, ip_hidden_states)
-        return self.run(attn, Call(hidden_states, context, attention_mask, temb, image_rotary_emb,
-                                   ip_states=states, ip_masks=ip_adapter_masks))
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class FluxCall(Processor):
@@ -182,9 +189,8 @@ class FluxCall(Processor):
         attention_mask: T = None, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return RotaryCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            image_rotary_emb, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class FluxPromptCall(Processor):
@@ -195,9 +201,8 @@ class FluxPromptCall(Processor):
         attention_mask: T = None, image_rotary_emb: Any = None, ip_hidden_states: Any = None,
         ip_adapter_masks: Any = None, *, temb: T = None,
     ) -> Any:
-        return RotaryCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            image_rotary_emb, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class CogVideoXCall(Processor):
@@ -208,9 +213,8 @@ class CogVideoXCall(Processor):
         attention_mask: T = None, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return RotaryCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            image_rotary_emb, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class MochiCall(Processor):
@@ -221,9 +225,8 @@ class MochiCall(Processor):
         attention_mask: T, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return RotaryCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            image_rotary_emb, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class StableAudioCall(Processor):
@@ -234,9 +237,8 @@ class StableAudioCall(Processor):
         attention_mask: T = None, rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return RotaryCall.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-            rotary_emb, ip_hidden_states=ip_hidden_states, ip_adapter_masks=ip_adapter_masks)
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                    rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class LuminaCall(Processor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .kernels import Kernel
 from .types import Recipe
 
 __all__ = ["parts"]
@@ -26,7 +27,7 @@ def _shown(part: Any) -> str:
         return "yes" if part else "no"
     if not dataclasses.is_dataclass(part):
         return getattr(part, "__name__", str(part))
-    if hasattr(part, "run"):
+    if isinstance(part, Kernel):
         return part.name
     options = ", ".join(_shown(getattr(part, f.name)) for f in dataclasses.fields(part))
     return type(part).__name__ + (f"({options})" if options else "")

@@ -88,7 +88,7 @@ class Grid(GridIn):
         x, context = at.call.x, at.call.context
         if x.ndim == 4:
             image = to_grid(image, x)
-        if text is not None and context.ndim == 4:
+        if text is not None and context is not None and context.ndim == 4:
             text = to_grid(text, context)
         return image, text
 

@@ -6,12 +6,12 @@ of diffusers is patched or imported.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import presets
@@ -63,11 +63,11 @@ def swap(model: nn.Module) -> SwapReport:
         old = attn.processor
         if isinstance(old, Processor):
             kept[path] = "is of attnproc already"
-        elif _namesake(old) is None:
+        elif (kind := _namesake(old)) is None:
             kept[path] = f"attnproc has no {type(old).__name__}"
         else:
-            put(attn, adopt(_namesake(old), old))
-            replaced[path] = type(attn.processor).__name__
+            put(attn, adopt(kind, old))
+            replaced[path] = kind.__name__
     return SwapReport(replaced, kept)
 
 
@@ -87,17 +87,18 @@ def restore(model: nn.Module) -> int:
     return len(swapped)
 
 
-def processors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def processors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The attention modules of a model with their paths."""
-    found = ((path, module) for path, module in model.named_modules())
-    return (pair for pair in list(found) if callable(getattr(pair[1], "processor", None)))
+    for path, module in list(model.named_modules()):
+        if callable(getattr(module, "processor", None)):
+            yield path, module
 
 
 def adopt(kind: type[Processor], old: Any) -> Processor:
     """A processor of our class `kind` with the settings and the very weights of `old`."""
-    names = inspect.signature(kind.__init__).parameters
-    settings = {name: getattr(old, name) for name in names if hasattr(old, name)}
-    new = kind.like(old) if hasattr(kind, "like") else kind(**settings)
+    # The weights that the constructor makes give way to those of `old`.
+    with torch.device("meta"):
+        new = kind(**kind.settings_of(old))
     if isinstance(old, nn.Module):
         new.__dict__["_modules"] = dict(old.named_children())
         new.train(old.training)

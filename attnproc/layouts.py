@@ -66,7 +66,7 @@ def shared_packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
 
 def added_kv(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     """The text adds keys and values to the image's, or stands in for them."""
-    text = QKV(None, *_together(at, ADDED[1:], context))
+    text = QKV(None, *_together(at, ADDED[1:], x if context is None else context))
     if at.attn.only_cross_attention:
         return Streams(QKV(linear(at, "to_q", x), None, None), text)
     return Streams(QKV(*_together(at, SELF, x)), text)

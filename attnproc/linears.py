@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from .schedules import amount, is_off
 from .types import Site
-
-if TYPE_CHECKING:
-    from .processor import Processor
 
 __all__ = [
     "PROJECTIONS",
@@ -45,7 +42,7 @@ PROJECTIONS = (
 )
 
 
-def linear(at: Site, name: str, x: Tensor, y: Tensor | None = None) -> Tensor:
+def linear(at: Site, name: str, x: Tensor, y: Any = None) -> Tensor:
     """The projection `name` of `x` ``[B, S, C]``, or of its packed product `y`, with adapters."""
     for part in at.recipe.linears:
         y = part(at, name, x, y)
@@ -119,14 +116,14 @@ class LoRA:
 
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
         update = getattr(at.proc, f"{name}_{self.suffix}", None)
-        weight = at.proc.lora_weights.get(self.name, 1.0)
+        weight: Any = at.proc.lora_weights.get(self.name, 1.0)
         if update is None or is_off(weight) or is_off(at.call.lora_scale):
             return y
         return y + amount(weight) * at.call.lora_scale * update(x)
 
 
 def mount_lora(
-    proc: Processor,
+    proc: Any,
     sizes: dict[str, tuple[int, int]],
     rank: int,
     network_alpha: float | None,
@@ -142,7 +139,7 @@ def widths(attn: Any, projections: Iterable[str] = PROJECTIONS) -> dict[str, tup
     """Input and output width of those projections that an attention module has."""
     found = {}
     for name in projections:
-        layer = getattr(attn, name, None)
+        layer: Any = getattr(attn, name, None)
         layer = layer[0] if isinstance(layer, nn.ModuleList) else layer
         if hasattr(layer, "in_features"):
             found[name] = (layer.in_features, layer.out_features)
@@ -168,7 +165,7 @@ class CustomDiffusion:
 
 
 def mount_custom_diffusion(
-    proc: Processor, sizes: dict[str, tuple[int, int]], out_bias: bool, dropout: float
+    proc: Any, sizes: dict[str, tuple[int, int]], out_bias: bool, dropout: float
 ) -> None:
     """Gives `proc` the projections that its `train_kv` and `train_q_out` name.
 

@@ -24,7 +24,8 @@ def each_its_own(at: Site, streams: Streams) -> Streams:
 
 def one_for_both(at: Site, streams: Streams) -> Streams:
     """`norm_q`, `norm_k` for image and text."""
-    image, text = (s and _normed(at.attn, "norm_q", "norm_k", s) for s in streams)
+    image = _normed(at.attn, "norm_q", "norm_k", streams.image)
+    text = streams.text and _normed(at.attn, "norm_q", "norm_k", streams.text)
     return Streams(image, text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +15,16 @@ from .interop import processors, put, swap
 from .processor import Processor
 from .prompts import Scale
 from .schedules import Clock, Schedule, Weight
+from .steering import Alignment, Region
+from .steering.strength import Strength
 from .types import AroundPart
 
 __all__ = ["Layers", "Snapshot", "on"]
 
 Kind = Literal["self", "cross", "joint"]
+ByLayer = Strength | Mapping[str, Strength]
+
+_WORDS: tuple[Kind, ...] = ("cross", "joint")
 
 _ENCODERS = ("encoder_hid_proj.", "image_proj.")
 _JOINT = {
@@ -57,7 +62,7 @@ def on(
     chosen = Layers(model, layers, kind, depth, resolution)
     if not chosen.layers():
         paths = ", ".join(path for path, _ in processors(model)) or "none"
-        raise ValueError(f"layers: none fits {chosen._choice()}; there are {paths}")
+        raise ValueError(f"layers: none fits {chosen.choice()}; there are {paths}")
     return chosen
 
 
@@ -78,7 +83,7 @@ class Layers:
         paths = [path for path, _ in self.layers()]
         return f"Layers({type(self.model).__name__}: {', '.join(paths)})"
 
-    def layers(self) -> list[tuple[str, nn.Module]]:
+    def layers(self) -> list[tuple[str, Any]]:
         """The chosen attention modules with their paths."""
         return [
             (path, attn)
@@ -106,9 +111,11 @@ class Layers:
         """See `Processor.with_joint_ip_adapter`."""
         return self._each(lambda proc, attn: proc.with_joint_ip_adapter(attn, width, **options))
 
-    def with_pag(self, chunks: int = 2, *, blur: float | None = None) -> Layers:
+    def with_pag(
+        self, chunks: int = 2, *, blur: float | None = None, perturb: AroundPart | None = None
+    ) -> Layers:
         """See `Processor.with_pag`."""
-        return self._each(lambda proc, attn: proc.with_pag(chunks, blur=blur))
+        return self._each(lambda proc, attn: proc.with_pag(chunks, blur=blur, perturb=perturb))
 
     def with_slicing(self, size: int) -> Layers:
         """See `Processor.with_slicing`."""
@@ -149,6 +156,47 @@ class Layers:
         """A weight that holds for a part of the steps, by the model's clock (`Schedule`)."""
         return Schedule(self.clock, weight, begin, end, shape)
 
+    def with_word_weights(
+        self, weights: Mapping[int, float], *, strength: ByLayer = 1.0, **options: Any
+    ) -> Layers:
+        """See `Processor.with_word_weights`; for the layers that see the prompt.
+
+        Args:
+            weights: Token positions in the prompt, each with its factor.
+            strength: One for all layers, or one each by patterns of paths: the first that matches
+                holds, layers without one stay as they are.
+            options: As there.
+        """
+        return self._steered("with_word_weights", _WORDS, strength, weights, **options)
+
+    def with_regions(self, *regions: Region, strength: ByLayer = 1.0, **options: Any) -> Layers:
+        """See `Processor.with_regions`, and `with_word_weights` here for `strength`."""
+        return self._steered("with_regions", _WORDS, strength, *regions, **options)
+
+    def with_prompt_to_prompt(
+        self,
+        alignment: Alignment,
+        *,
+        strength: ByLayer = 1.0,
+        self_strength: ByLayer = 0.0,
+        **options: Any,
+    ) -> Layers:
+        """See `Processor.with_prompt_to_prompt`.
+
+        Args:
+            alignment: The prompts' tokens (`attnproc.steering.align`).
+            strength: Of the layers that see the prompt; see `with_word_weights`.
+            self_strength: Of self attention, which keeps shapes more than layout.
+            options: As there.
+        """
+        verb = "with_prompt_to_prompt"
+        self._steered(verb, _WORDS, strength, alignment, **options)
+        return self._steered(verb, ("self",), self_strength, **options)
+
+    def with_reference(self, *, strength: ByLayer = 1.0, **options: Any) -> Layers:
+        """See `Processor.with_reference`, and `with_word_weights` here for `strength`."""
+        return self._steered("with_reference", ("self", "joint"), strength, **options)
+
     def describe(self) -> str:
         """The parts of the layers; alike layers in one block."""
         blocks: dict[str, list[str]] = {}
@@ -166,6 +214,19 @@ class Layers:
             put(attn, processor)
         return self
 
+    def _steered(
+        self, verb: str, kinds: Collection[Kind], strength: ByLayer, *args: Any, **options: Any
+    ) -> Layers:
+        """Puts a part into the layers of some kinds, each with its strength."""
+        changed = [
+            (attn, getattr(attn.processor, verb)(*args, strength=here, **options))
+            for path, attn in self.layers()
+            if kind_of(attn) in kinds and (here := _strength_of(strength, path)) is not None
+        ]
+        for attn, processor in changed:
+            put(attn, processor)
+        return self
+
     def _fits(self, path: str, attn: Any) -> bool:
         # Image encoders that diffusers hangs into a model are no layers of it, unless named.
         encoder = path.startswith(_ENCODERS) and not self.pattern.startswith(_ENCODERS)
@@ -177,9 +238,18 @@ class Layers:
             and self.resolution in (None, resolution_of(self.model, path))
         )
 
-    def _choice(self) -> str:
+    def choice(self) -> str:
+        """What was chosen by, in words."""
         chosen = (f"{name}={value!r}" for name, value in list(vars(self).items())[1:] if value)
         return ", ".join(chosen)
+
+
+def _strength_of(strength: ByLayer, path: str) -> Strength | None:
+    """The strength of a layer; None where patterns were given and none matches."""
+    if not isinstance(strength, Mapping):
+        return strength
+    found = (s for pattern, s in strength.items() if fnmatch.fnmatchcase(path, pattern))
+    return next(found, None)
 
 
 def kind_of(attn: Any) -> Kind:

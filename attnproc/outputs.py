@@ -15,16 +15,17 @@ from .types import Site
 __all__ = ["grid_out", "prompt_apart", "raw_heads", "to_both", "to_out", "to_out_shared"]
 
 Span = tuple[int, int] | None
-Result = tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]
+Pair = tuple[Tensor, Tensor | None]
+Result = Pair | tuple[Tensor, Tensor | None, Tensor]
 
 
-def to_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
+def to_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """The image's output projection, where the module has one; the text as it is."""
     image, text = _parted(o, span, extra)
     return _projected(at, image), text
 
 
-def to_both(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
+def to_both(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """Each stream's own output projection, where the module has one."""
     image, text = to_out(at, o, span, extra)
     if text is not None and getattr(at.attn, "to_add_out", None) is not None:
@@ -32,7 +33,7 @@ def to_both(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
     return image, text
 
 
-def to_out_shared(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
+def to_out_shared(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """One output projection for both streams."""
     if extra is None:
         return _parted(_projected(at, o), span, None)
@@ -44,17 +45,17 @@ def prompt_apart(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Resul
     """As `to_both`, prompts third; without text the image stays unprojected (Flux)."""
     if span is None:
         return _parted(o, None, extra)
-    both = to_both(at, o, span, None)
-    return both if extra is None else (*both, extra)
+    image, text = to_both(at, o, span, None)
+    return (image, text) if extra is None else (image, text, extra)
 
 
-def raw_heads(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
+def raw_heads(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """``[B, S, H, D]``, unprojected (Lumina)."""
     image, text = _parted(o, span, extra)
     return image.unflatten(-1, (at.attn.heads, -1)), text
 
 
-def grid_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
+def grid_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """The projected, normed grid ``[B, C, height, width]`` with its residual (DC-AE)."""
     attn, x = at.attn, at.call.x
     image, text = _parted(o, span, extra)
@@ -66,7 +67,7 @@ def grid_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Result:
     return grid + x if attn.residual_connection else grid, text
 
 
-def _parted(o: Tensor, span: Span, extra: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _parted(o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """Image, with what prompts add to it, and text."""
     image, text = o, None
     if span is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -51,6 +52,12 @@ class Processor(Verbs, nn.Module):
             new.__dict__[registry] = dict(self.__dict__[registry])
         new.__dict__["recipe"] = self.recipe.but(**changes)
         return new
+
+    @classmethod
+    def settings_of(cls, other: Any) -> dict[str, Any]:
+        """The arguments of the constructor that make the likeness of a processor of diffusers."""
+        names = inspect.signature(cls.__init__).parameters
+        return {name: getattr(other, name) for name in names if hasattr(other, name)}
 
     def describe(self) -> str:
         """One line a part, in the order of the line."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .modules import RMSNorm
-from .schedules import Weight, amount, is_off
+from .schedules import amount, is_off
 from .shapes import merge_heads
 from .types import Arranged, KernelCall, Scoring, Site
 
-if TYPE_CHECKING:
-    from .processor import Processor
-
 __all__ = ["decoupled", "joint_decoupled", "mount_joint_prompt", "mount_prompts", "region"]
 
-Scale = Weight | Sequence[Weight]
+Scale = Any
+"""A `Weight`, or a list with one a prompt, which may be a list with one a masked image."""
 
 
 def mount_prompts(
-    proc: Processor,
+    proc: Any,
     hidden_size: int,
     cross_attention_dim: int | None,
     num_tokens: int | Sequence[int],
@@ -40,21 +38,21 @@ def mount_prompts(
     Raises:
         ValueError: `scale` is a list of another length than `num_tokens`.
     """
-    num_tokens = num_tokens if isinstance(num_tokens, tuple | list) else [num_tokens]
-    scale = scale if isinstance(scale, list) else [scale] * len(num_tokens)
-    if len(scale) != len(num_tokens):
+    tokens = [num_tokens] if isinstance(num_tokens, int) else num_tokens
+    scales: list[Any] = scale if isinstance(scale, list) else [scale] * len(tokens)
+    if len(scales) != len(tokens):
         raise ValueError(
-            f"scale has {len(scale)} entries for {len(num_tokens)} image prompts (num_tokens="
-            f"{tuple(num_tokens)}): give one number, or a list with one entry a prompt"
+            f"scale has {len(scales)} entries for {len(tokens)} image prompts (num_tokens="
+            f"{tuple(tokens)}): give one number, or a list with one entry a prompt"
         )
     proc.hidden_size, proc.cross_attention_dim = hidden_size, cross_attention_dim
-    proc.num_tokens, proc.scale = num_tokens, scale
+    proc.num_tokens, proc.scale = tokens, scales
     for name in ("to_k_ip", "to_v_ip"):
         layers = (
             nn.Linear(
                 cross_attention_dim or hidden_size, hidden_size, bias, device=device, dtype=dtype
             )
-            for _ in num_tokens
+            for _ in tokens
         )
         setattr(proc, name, nn.ModuleList(layers))
 
@@ -120,7 +118,8 @@ def _attended(branches: list[Branch], q: Tensor, kernel: KernelCall, scoring: Sc
     many = q.expand(len(branches), *q.shape).flatten(0, 1)
     k, v, weights = zip(*branches, strict=True)
     o = merge_heads(kernel(many, torch.cat(k), torch.cat(v), scoring)).chunk(len(branches))
-    return sum(weight * part for weight, part in zip(weights, o, strict=True))
+    parts = [weight * part for weight, part in zip(weights, o, strict=True)]
+    return torch.stack(parts).sum(dim=0)
 
 
 def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
@@ -128,8 +127,10 @@ def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
 
 
 def _checked(
-    states: Sequence[Tensor], scales: list[Scale], masks: Sequence[Tensor | None] | Tensor | None
-) -> tuple[list[Scale], Sequence[Tensor | None]]:
+    states: Sequence[Tensor] | Tensor,
+    scales: list[Any],
+    masks: Sequence[Tensor | None] | Tensor | None,
+) -> tuple[list[Any], Sequence[Tensor | None]]:
     if len(states) != len(scales):
         raise ValueError(
             f"ip_hidden_states has {len(states)} image prompts, this processor holds {len(scales)}"
@@ -153,7 +154,7 @@ def _checked(
     return scales, masks
 
 
-def _check_mask(index: int, state: Tensor, scale: Scale, mask: Tensor) -> None:
+def _check_mask(index: int, state: Tensor, scale: Scale, mask: Any) -> None:
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -192,7 +193,7 @@ def _regions(mask: Tensor, q: Tensor) -> Tensor:
     """The weights ``[images, 1, S, 1]`` of a mask ``[1, images, height, width]``."""
     if torch.compiler.is_compiling() or mask.requires_grad:
         return region(mask[0], q.shape[2])[:, None].to(q)
-    sizes = _REGIONS.setdefault(mask, {})
+    sizes: dict[Any, Tensor] = _REGIONS.setdefault(mask, {})  # pyright: ignore
     key = (mask._version, q.shape[2], q.dtype, q.device)
     if key not in sizes:
         sizes[key] = region(mask[0], q.shape[2])[:, None].to(q)
@@ -214,7 +215,7 @@ class PromptNorm(nn.Module):
 
 
 def mount_joint_prompt(
-    proc: Processor, hidden_size: int, states_dim: int, head_dim: int, temb_dim: int, scale: float
+    proc: Any, hidden_size: int, states_dim: int, head_dim: int, temb_dim: int, scale: Scale
 ) -> None:
     """Gives `proc` the norms and projections of SD3's image prompt."""
     proc.norm_ip = PromptNorm(temb_dim, states_dim)
@@ -237,7 +238,7 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
     if at.call.temb is None:
         raise ValueError("temb is None: the image prompt's norm needs the timestep embedding")
 
-    normed = proc.norm_ip(states, at.call.temb)
+    normed = proc.norm_ip(states, temb=at.call.temb)
     q = proc.norm_q(arranged.raw.q.transpose(1, 2))  # [B, H, S, D]
     k = proc.norm_k(arranged.raw.k.transpose(1, 2))
     more_k, more_v = (_keys(layer, normed, q) for layer in (proc.to_k_ip, proc.to_v_ip))

@@ -23,7 +23,7 @@ def proportional(at: Site) -> float | Tensor | None:
     Source: https://arxiv.org/abs/2306.08645
     """
     scale, call = module_scale(at), at.call
-    if call.key_rope is None or call.base_length is None:
+    if call.key_rope is None or call.base_length is None or scale is None:
         return scale
     length = math.prod(call.x.shape[2:]) if call.x.ndim == 4 else call.x.shape[1]
     return math.sqrt(math.log(length, call.base_length)) * scale

@@ -39,7 +39,9 @@ class Clock:
         self.fraction = fraction
         self.tensor.fill_(fraction)
 
-    def on_step_end(self, pipeline: Any, step: int, timestep: Any, inputs: dict) -> dict:
+    def on_step_end(
+        self, pipeline: Any, step: int, timestep: Any, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
         """A pipeline's `callback_on_step_end`: moves on by a step; to 0 after the last."""
         steps = len(pipeline.scheduler.timesteps)
         self.set(0.0 if step + 1 >= steps else (step + 1) / steps)

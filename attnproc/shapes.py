@@ -46,7 +46,9 @@ def join(streams: Streams, text_first: bool) -> QKV:
     """One sequence of both streams, along the token axis of ``[B, S, H, D]``."""
     if streams.text is None:
         return streams.image
-    first, last = (streams.text, streams.image) if text_first else streams
+    first, last = streams.image, streams.text
+    if text_first:
+        first, last = last, first
     return QKV(*(_cat(a, b) for a, b in zip(first, last, strict=True)))
 
 

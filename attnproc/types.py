@@ -43,12 +43,13 @@ __all__ = [
 class QKV(NamedTuple):
     """Queries, keys and values of one stream, ``[B, S, H*D]`` or, split, ``[B, S, H, D]``.
 
-    A stream may lack queries (added keys and values) or keys and values (only cross attention).
+    Each is a tensor, or None in a stream that lacks queries (added keys and values) or keys and
+    values (only cross attention).
     """
 
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
+    q: Any
+    k: Any
+    v: Any
 
 
 class Streams(NamedTuple):

@@ -3,7 +3,8 @@
 Each gives a copy that shares the weights there are; nothing is changed in place. Parts act at
 seams of their own (projections, edits, wrappers, prompts), so verbs of different seams commute.
 Where one seam holds several, the order is fixed whatever the order of the verbs: custom
-projections replace before low-rank updates add; capture wraps perturbation, which wraps slicing.
+projections replace before low-rank updates add; what steers wraps capture, which wraps
+perturbation, which wraps slicing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .kernels.around import Perturbed, Sliced, identity
 from .linears import PROJECTIONS, CustomDiffusion, LoRA, mount_custom_diffusion, mount_lora, widths
 from .prompts import Scale, decoupled, joint_decoupled, mount_joint_prompt, mount_prompts
 from .schedules import Weight
+from .steering import Alignment, PromptToPrompt, Region, Regional, SharedKeys, WordWeights
 from .types import AroundPart, Recipe
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Verbs"]
 
 # The outermost wrapper first; unknown ones stand before them all.
-_AROUND = ("capture", "pag", "slicing")
+_AROUND = ("reference", "regions", "prompt_to_prompt", "capture", "pag", "slicing")
 _NAMES = {decoupled: "ip", joint_decoupled: "ip", detach_first_token: "custom_diffusion"}
 
 
@@ -153,19 +155,22 @@ class Verbs:
         mount_joint_prompt(proc, hidden, width, hidden // attn.heads, temb_width, scale)
         return _settled(proc.but(prompts=(joint_decoupled,)), self, attn)
 
-    def with_pag(self, chunks: int = 2, *, blur: float | None = None) -> Processor:
+    def with_pag(
+        self, chunks: int = 2, *, blur: float | None = None, perturb: AroundPart | None = None
+    ) -> Processor:
         """With perturbed-attention guidance.
 
         Args:
             chunks: 2 for (plain, perturbed), 3 for (unconditional, conditional, perturbed) rows.
             blur: Standard deviation in tokens of a blur of the map; None is the identity map.
+            perturb: Other attention of the perturbed rows, as `attnproc.steering` has.
 
         Raises:
             ValueError: It has it already.
         """
         if chunks not in (2, 3):
             raise ValueError(f"chunks is {chunks}, possible are 2 and 3")
-        perturb = identity if blur is None else BlurredMap(blur)
+        perturb = perturb or (identity if blur is None else BlurredMap(blur))
         return self._new("pag")._around(Perturbed(chunks, perturb))
 
     def with_slicing(self, size: int) -> Processor:
@@ -192,7 +197,7 @@ class Verbs:
         if name is not None:
             named(name)
         proc = self.but()
-        proc._attention_backend = name
+        proc.__dict__["_attention_backend"] = name
         return proc
 
     def with_scale(self, name: str, weight: Weight | Scale) -> Processor:
@@ -206,11 +211,14 @@ class Verbs:
             proc.__dict__["lora_weights"] = {**self.lora_weights, name: weight}
         elif decoupled in self.recipe.prompts and name == "ip":
             count = len(self.to_k_ip)
-            proc.scale = list(weight) if isinstance(weight, list | tuple) else [weight] * count
-            if len(proc.scale) != count:
-                raise ValueError(f"weight has {len(proc.scale)} entries for {count} image prompts")
+            scales: list[Any] = (
+                list(weight) if isinstance(weight, list | tuple) else [weight] * count
+            )
+            if len(scales) != count:
+                raise ValueError(f"weight has {len(scales)} entries for {count} image prompts")
+            proc.__dict__["scale"] = scales
         elif joint_decoupled in self.recipe.prompts and name == "ip":
-            proc.scale = weight
+            proc.__dict__["scale"] = weight
         else:
             raise ValueError(f"name {name!r} has no weight; there are {self.names()}")
         return proc
@@ -220,7 +228,8 @@ class Verbs:
 
         Args:
             name: The name of a low-rank update, or "ip", "custom_diffusion", "pag", "slicing",
-                "cross_frame", "capture", "backend".
+                "cross_frame", "capture", "words", "regions", "prompt_to_prompt", "reference",
+                "backend".
             missing: Whether it is no error that there is none.
 
         Raises:
@@ -239,9 +248,61 @@ class Verbs:
         if name == "ip":
             proc.__dict__.update(scale=[], num_tokens=[])
         suffix = f"_{LoRA(name).suffix}" if LoRA(name) in self.recipe.linears else f"_{name}"
-        for child in [c for c in proc._modules if c.endswith(suffix) or _is_prompt(c, name)]:
-            del proc._modules[child]
+        for child, _ in list(proc.named_children()):
+            if child.endswith(suffix) or _is_prompt(child, name):
+                delattr(proc, child)
         return proc
+
+    def with_word_weights(self, weights: Mapping[int, float], **options: Any) -> Processor:
+        """With words that say more, less, or the opposite.
+
+        Args:
+            weights: Token positions in the prompt, each with its factor.
+            options: See `attnproc.steering.WordWeights`.
+
+        Raises:
+            ValueError: It has some already.
+        """
+        part = WordWeights(tuple(sorted(weights.items())), **options)
+        proc = self._new("words")
+        return proc.but(edits=(*proc.recipe.edits, part))
+
+    def with_regions(self, *regions: Region, **options: Any) -> Processor:
+        """With words that are seen by their part of the picture alone.
+
+        Args:
+            regions: Tokens of the prompt, and where they are seen.
+            options: See `attnproc.steering.Regional`.
+
+        Raises:
+            ValueError: It has some already.
+        """
+        return self._new("regions")._around(Regional(regions, **options))
+
+    def with_prompt_to_prompt(
+        self, alignment: Alignment | None = None, **options: Any
+    ) -> Processor:
+        """With the first picture's attention maps for the others of a batch.
+
+        Args:
+            alignment: The prompts' tokens (`attnproc.steering.align`); None in self attention.
+            options: See `attnproc.steering.PromptToPrompt`.
+
+        Raises:
+            ValueError: It has it already.
+        """
+        return self._new("prompt_to_prompt")._around(PromptToPrompt(alignment, **options))
+
+    def with_reference(self, **options: Any) -> Processor:
+        """With the first picture's keys and values for the others of a batch.
+
+        Args:
+            options: See `attnproc.steering.SharedKeys`.
+
+        Raises:
+            ValueError: It has it already.
+        """
+        return self._new("reference")._around(SharedKeys(**options))
 
     def names(self) -> tuple[str, ...]:
         """The names of the parts that `without` can take off."""
@@ -283,8 +344,8 @@ def _extend_prompts(proc: Processor, old: Processor) -> None:
     """Puts the prompts of `old` before the new ones."""
     for name in ("to_k_ip", "to_v_ip"):
         setattr(proc, name, nn.ModuleList([*getattr(old, name), *getattr(proc, name)]))
-    proc.num_tokens = [*old.num_tokens, *proc.num_tokens]
-    proc.scale = [*old.scale, *proc.scale]
+    scale, tokens = [*old.scale, *proc.scale], [*old.num_tokens, *proc.num_tokens]
+    proc.__dict__.update(scale=scale, num_tokens=tokens)
 
 
 def _settled(proc: Processor, old: Verbs, attn: Any) -> Processor:
@@ -292,6 +353,6 @@ def _settled(proc: Processor, old: Verbs, attn: Any) -> Processor:
     weight = attn.to_q.weight
     dtype = weight.dtype if weight.is_floating_point() else None
     for name, child in proc.named_children():
-        if old._modules.get(name) is not child:
+        if getattr(old, name, None) is not child:
             child.to(device=weight.device, dtype=dtype)
     return proc

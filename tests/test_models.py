@@ -119,3 +119,28 @@ def test_image_prompts_loaded_before_a_swap() -> None:
     assert all(value.data_ptr() == after[key].data_ptr() for key, value in weights.items())
     scaled = next(a for _, a in attnproc.interop.processors(model) if a.is_cross_attention)
     assert scaled.processor.scale == [0.6, 0.4]
+
+
+def test_image_prompts_of_sd3_and_flux_keep_their_weights() -> None:
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    torch.manual_seed(0)
+    sd3, inputs = built("sd3")
+    for _, attn in attnproc.interop.processors(sd3):
+        attn.set_processor(theirs.SD3IPAdapterJointAttnProcessor2_0(32, 20, 8, 32, scale=0.7))
+    inputs["joint_attention_kwargs"] = {
+        "ip_hidden_states": torch.randn(2, 4, 20),
+        "temb": torch.randn(2, 32),
+    }
+    flux, flux_inputs = built("flux")
+    attn = flux.transformer_blocks[0].attn
+    attn.set_processor(FluxIPAdapterAttnProcessor(32, 20, (4, 4), [0.5, 0.7]))
+    prompts = [torch.randn(2, 4, 20), torch.randn(2, 4, 20)]
+    flux_inputs["joint_attention_kwargs"] = {"ip_hidden_states": prompts}
+    for model, keywords in ((sd3, inputs), (flux, flux_inputs)):
+        before, weights = outputs(model, keywords), dict(model.state_dict())
+        assert not attnproc.swap(model).kept
+        _same(outputs(model, keywords), before)
+        after = model.state_dict()
+        assert after.keys() == weights.keys()
+        assert all(after[key].data_ptr() == value.data_ptr() for key, value in weights.items())

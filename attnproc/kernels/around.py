@@ -31,13 +31,13 @@ class Sliced:
     ) -> Tensor:
         batch, heads = q.shape[:2]
         q, k, v = (expand_heads(t, q).flatten(0, 1)[:, None] for t in (q, k, v))
-        parts = []
+        parts: list[Tensor] = []
         for start in range(0, batch * heads, self.size):
             stop = min(start + self.size, batch * heads)
             mask = _of_heads(scoring.mask, range(start, stop), heads)
-            part = (t[start:stop] for t in (q, k, v))
             mods = tuple(OfHeads(mod, start, heads) for mod in scoring.mods)
-            parts.append(kernel(*part, scoring._replace(mask=mask, mods=mods)))
+            some = scoring._replace(mask=mask, mods=mods)
+            parts.append(kernel(q[start:stop], k[start:stop], v[start:stop], some))
         return torch.cat(parts)[:, 0].unflatten(0, (batch, heads))
 
 
@@ -55,7 +55,7 @@ def identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scori
     """Attention where tokens see themselves and the text joined to them, in O(tokens x text)."""
     if scoring.image_keys is None:
         return expand_heads(v, q)
-    start, stop = scoring.image_keys
+    start, stop = scoring.image_keys or (0, k.shape[2])
     image, text = slice(start, stop), slice(0, start) if start else slice(stop, k.shape[2])
     seen = _themselves_and_text(q if scoring.image is None else q[:, :, image], k, v, scoring)
     if scoring.image is None:
@@ -71,7 +71,7 @@ def identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scori
 
 def _themselves_and_text(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """What image queries see of their own key and the text's: ``[B, H, S, D]``."""
-    start, stop = scoring.image_keys
+    start, stop = scoring.image_keys or (0, k.shape[2])
     image, text = slice(start, stop), slice(0, start) if start else slice(stop, k.shape[2])
     scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
     k, v = expand_heads(k, q), expand_heads(v, q)
@@ -149,7 +149,7 @@ def _image_queries(q: Tensor, scoring: Scoring) -> int:
 
 def _text_and_self(mask: Tensor, scoring: Scoring) -> Tensor:
     """What image queries see of a mask ``[..., Q|1, K]``: the text keys and their own."""
-    start, stop = scoring.image_keys
+    start, stop = scoring.image_keys or (0, mask.shape[-1])
     rows = mask if scoring.image is None else _rows(mask, slice(*scoring.image))
     own, text = rows[..., start:stop], rows[..., :start] if start else rows[..., stop:]
     own = own.transpose(-1, -2) if own.shape[2] == 1 else own.diagonal(dim1=-2, dim2=-1)[..., None]

@@ -6,4 +6,9 @@ from .dit import *
 from .joint import *
 from .unet import *
 
-__all__ = [*unet.__all__, *adapters.__all__, *joint.__all__, *dit.__all__]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    *unet.__all__,
+    *adapters.__all__,
+    *joint.__all__,
+    *dit.__all__,
+]

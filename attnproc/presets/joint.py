@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -108,6 +109,17 @@ class SD3IPAdapterJointAttnProcessor2_0(JointPromptCall):
             self, hidden_size, ip_hidden_states_dim, head_dim, timesteps_emb_dim, scale
         )
 
+    @classmethod
+    def settings_of(cls, other: Any) -> dict[str, Any]:
+        """See `Processor.settings_of`; diffusers keeps none of them but in the weights."""
+        return {
+            "hidden_size": other.to_k_ip.out_features,
+            "ip_hidden_states_dim": other.to_k_ip.in_features,
+            "head_dim": other.norm_q.weight.shape[0],
+            "timesteps_emb_dim": other.norm_ip.linear.in_features,
+            "scale": other.scale,
+        }
+
 
 class AuraFlowAttnProcessor2_0(AuraFlowCall):
     """Joint attention, text before image (AuraFlow)."""
@@ -174,5 +186,19 @@ class FluxIPAdapterJointAttnProcessor2_0(FluxPromptCall):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {"bias": True, "device": device, "dtype": dtype}
-        mount_prompts(self, hidden_size, cross_attention_dim, num_tokens, scale, **factory)
+        mount_prompts(
+            self,
+            hidden_size,
+            cross_attention_dim,
+            num_tokens,
+            scale,
+            bias=True,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def settings_of(cls, other: Any) -> dict[str, Any]:
+        """See `Processor.settings_of`; diffusers does not keep `num_tokens`."""
+        known = {"num_tokens": (4,) * len(other.to_k_ip)}
+        return {**known, **super().settings_of(other)}
