@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,9 @@ def fold(mask: Tensor | MaskKind, scoring: Scoring, room: Room) -> Scoring:
         ValueError: The mask does not fit, or is of a dtype that means nothing.
     """
     for part in _parts(mask):
-        if isinstance(part, Causal):
+        if isinstance(part, All):
+            scoring = fold(part, scoring, room)
+        elif isinstance(part, Causal):
             scoring = scoring._replace(causal=True)
         elif isinstance(part, Window):
             scoring = scoring._replace(window=_narrower(scoring.window, part))
@@ -115,20 +117,22 @@ def factors(scoring: Scoring, dtype: torch.dtype) -> Tensor | None:
     Raises:
         ValueError: The mask differs between queries, which linear attention can't honour.
     """
-    mask = scoring.mask
-    values = mask.values if isinstance(mask, Bias) else None
-    a_row_each = values is not None and values.shape[2] != 1
-    if a_row_each or scoring.causal or scoring.window is not None or scoring.mods:
-        got = f"{list(values.shape)} with one row a query" if a_row_each else "one of positions"
+    mask, got = scoring.mask, ""
+    if scoring.causal or scoring.window is not None or scoring.mods:
+        got = "one of positions"
+    elif isinstance(mask, Bias) and mask.values.shape[2] != 1:
+        got = f"{list(mask.values.shape)} with one row a query"
+    if got:
         raise ValueError(
             f"attention_mask is {got}: linear attention takes a mask over keys, [B, K] or "
             "[B|1, H|1, 1, K]"
         )
+    if mask is None:
+        return None
     if isinstance(mask, Keys):
         return mask.valid[:, None, None].to(dtype)
-    if values is None or values.dtype == torch.bool:
-        return None if values is None else values.to(dtype)
-    return values.to(dtype).exp()
+    factor = mask.values.to(dtype)
+    return factor if mask.values.dtype == torch.bool else factor.exp()
 
 
 def _parts(mask: Tensor | MaskKind) -> tuple[Tensor | MaskKind, ...]:
@@ -138,7 +142,8 @@ def _parts(mask: Tensor | MaskKind) -> tuple[Tensor | MaskKind, ...]:
 def _room(at: Site, arranged: Arranged) -> Room:
     batch, heads, queries = arranged.q.shape[:3]
     # Guidance by perturbation may be given the mask of the unperturbed rows alone.
-    batches = [batch, *(w.plain(batch) for w in at.recipe.around if hasattr(w, "plain"))]
+    parts: list[Any] = [w for w in at.recipe.around if hasattr(w, "plain")]
+    batches = [batch, *(part.plain(batch) for part in parts)]
     keys, text = arranged.k.shape[2], arranged.text_keys
     return Room(batches, heads, queries, keys, text, at.recipe.text_first)
 

@@ -202,7 +202,7 @@ def test_kernels_of_other_packages_are_found_by_entry_points(
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE / "src"))
     point = EntryPoint("head_by_head", "attnproc_head_by_head:HEAD_BY_HEAD", base.GROUP)
-    monkeypatch.setattr(base, "_PENDING", {"head_by_head": point})
+    monkeypatch.setattr(base, "_waiting", {"head_by_head": point})
     q = torch.randn(2, 2, 5, 8)
     try:
         with attnproc.backend("head_by_head"):

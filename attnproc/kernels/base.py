@@ -24,7 +24,7 @@ GROUP = "attnproc.kernels"
 """The entry-point group of other packages' kernels."""
 
 _REGISTRY: dict[str, Kernel] = {}
-_PENDING: dict[str, Any] | None = None
+_waiting: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def _found(name: str) -> Kernel:
 
 def _pending() -> dict[str, Any]:
     """Entry points that were not loaded yet, by name."""
-    global _PENDING
-    if _PENDING is None:
-        _PENDING = {point.name.lower(): point for point in entry_points(group=GROUP)}
-    return _PENDING
+    global _waiting
+    if _waiting is None:
+        _waiting = {point.name.lower(): point for point in entry_points(group=GROUP)}
+    return _waiting
 
 
 def _load(name: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..types import KernelCall, Scoring
 from .base import Kernel, named
+from .guard import Watch
 from .plan import AUTO, checked
 from .scope import Scope, scope
 from .takes import KINDS
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["choose", "resolved", "set_backend"]
 
 
-def choose(kernel: Kernel, proc: Processor) -> KernelCall:
+def choose(kernel: Kernel, proc: Processor) -> Callable[..., Any]:
     """The kernel call of a processor.
 
     What is set on the layer goes before what is set on the model, that before the `with` block,
@@ -32,7 +33,7 @@ def choose(kernel: Kernel, proc: Processor) -> KernelCall:
         return kernel
     name = proc.layer_backend
     if name is None:
-        name = proc._attention_backend
+        name = proc._attention_backend  # pyright: ignore[reportPrivateUsage]
     wish = scope() if name is None else Scope(name)
     if wish is None:
         return kernel if kernel.takes.masks == KINDS else partial(checked, kernel, None)
@@ -44,14 +45,20 @@ def resolved(wish: Scope, lse: bool = False) -> Callable[..., Any]:
     kernel = named(wish.name)
     if lse:
         return partial(checked, kernel, wish.fallback, lse=True)
-    call = kernel if kernel.name == AUTO.name else partial(checked, kernel, wish.fallback)
-    return call if wish.watch is None else partial(_guarded, wish, call)
+    call: Any = kernel if kernel.name == AUTO.name else partial(checked, kernel, wish.fallback)
+    return call if wish.watch is None else partial(_watched, wish.watch, kernel.name, call)
 
 
-def _guarded(
-    wish: Scope, call: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+def _watched(
+    watch: Watch,
+    name: str,
+    call: KernelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
 ) -> Tensor:
-    return wish.watch.run(wish.name, call, AUTO, q, k, v, scoring=scoring)
+    return watch.run(name, call, AUTO, q, k, v, scoring=scoring)
 
 
 def set_backend(model: nn.Module, name: Any, layers: str | None = None) -> list[str]:

@@ -91,9 +91,11 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, o, lse = ctx.saved_tensors
-        grads = _backward(_Work(*inputs, ctx.positions, ctx.scale), o, lse, do, dlse)
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, do: Tensor, dlse: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, o, lse = ctx.saved_tensors
+        grads = _backward(_Work(q, k, v, mask, ctx.positions, ctx.scale), o, lse, do, dlse)
         needed = ctx.needs_input_grad[:4]
         return *(g if n else None for g, n in zip(grads, needed, strict=True)), None, None
 
@@ -125,8 +127,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     q, k, v, mask = work[:4]
     dq, dk, dv = (torch.zeros_like(t, dtype=work.wide) for t in (q, k, v))
-    learned = mask is not None and mask.dtype != torch.bool
-    dmask = torch.zeros_like(mask, dtype=work.wide) if learned else None
+    fixed = mask is None or mask.dtype == torch.bool
+    dmask = None if mask is None or fixed else torch.zeros_like(mask, dtype=work.wide)
     base = lse.masked_fill(lse == -torch.inf, 0)
     for tile in _tiles(q, k, work.positions):
         rows, cols = tile
@@ -155,7 +157,8 @@ def _scores(work: _Work, tile: _Tile) -> Tensor:
             scores = scores.masked_fill_(~part, -torch.inf)
         else:
             scores = scores + part.to(work.wide)
-    seen = structure(work.positions, rows, cols, *work.q.shape[:2], work.q.device)
+    batch, heads = work.q.shape[:2]
+    seen = structure(work.positions, rows, cols, batch, heads, work.q.device)
     return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
 
 

@@ -82,7 +82,11 @@ def npu_in_half(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 
 def xla(
-    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, partition_spec: tuple | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    partition_spec: tuple[str | None, ...] | None = None,
 ) -> Tensor:
     """torch_xla's Pallas flash attention."""
     module = package("torch_xla.experimental.custom_kernel", "pip install torch_xla")
@@ -107,7 +111,11 @@ def xla(
 
 
 def xla_from_4096(
-    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, partition_spec: tuple | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    partition_spec: tuple[str | None, ...] | None = None,
 ) -> Tensor:
     """`xla` from 4096 tokens on; `sdpa` below, as diffusers' class has it."""
     if min(q.shape[2], k.shape[2]) >= _FLASH_TOKENS:

@@ -63,7 +63,8 @@ def flash_lse(
         options["dropout_p"] = scoring.dropout
     if isinstance(scoring.mask, Keys):
         return _packed(module.flash_attn_varlen_func, q, k, v, scoring, options)
-    o, lse, *_ = _called(module.flash_attn_func, *(t.transpose(1, 2) for t in (q, k, v)), options)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    o, lse, *_ = _called(module.flash_attn_func, q, k, v, options)
     return o.transpose(1, 2), lse
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..types import Bias, Keys, Mask, MaskMod, Scoring
+from ..types import Keys, Mask, MaskMod, Scoring
 from .base import Kernel
 from .takes import HALF, Ask, Takes
 from .visible import limits
@@ -47,7 +47,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, **options: Any) -> A
     if isinstance(scale, Tensor):
         q, scale = q * scale.to(q.dtype), 1.0
     rule = (*limits(scoring), scoring.mods)
-    arguments = {
+    arguments: dict[str, Any] = {
         "score_mod": None if scoring.mask is None else _score_mod(scoring.mask),
         "block_mask": None if rule == (None, None, ()) else _blocks(rule, q, k),
         "scale": scale,
@@ -55,8 +55,10 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, **options: Any) -> A
         **options,
     }
     if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, **arguments)
-    with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
+        attend: Any = flex_attention
+        return attend(q, k, v, **arguments)
+    config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+    with config.patch(recompile_limit=_COMPILATIONS):
         return _compiled()(q, k, v, **arguments)
 
 
@@ -68,22 +70,18 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _score_mod(mask: Mask) -> Callable[..., Tensor]:
-    if isinstance(mask, Keys):
-        valid = mask.valid
-        row = int(valid.shape[0] > 1)
-        return lambda score, b, h, i, j: torch.where(valid[b * row, j], score, -torch.inf)
-    return _bias_mod(mask)
-
-
-def _bias_mod(mask: Bias) -> Callable[..., Tensor]:
-    table = mask.values
+    """What a mask of values makes of a score."""
+    table = mask.valid[:, None, None] if isinstance(mask, Keys) else mask.values
     # Along an axis of one the same entry serves all.
     x, y, z = (int(n > 1) for n in table.shape[:3])
-    if table.dtype == torch.bool:
-        return lambda score, b, h, i, j: torch.where(
-            table[b * x, h * y, i * z, j], score, -torch.inf
-        )
-    return lambda score, b, h, i, j: score + table[b * x, h * y, i * z, j]
+
+    def added(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + table[b * x, h * y, i * z, j]
+
+    def hidden(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where(table[b * x, h * y, i * z, j], score, -torch.inf)
+
+    return hidden if table.dtype == torch.bool else added
 
 
 def _blocks(

@@ -57,5 +57,7 @@ def _seen(part: MaskKind, scores: Tensor) -> Tensor:
         return part.mod(b, h, i, j)
     if isinstance(part, Keys):
         return part.valid[b % part.valid.shape[0], j]
-    values = part[0]
+    if isinstance(part, All):
+        raise ValueError("mask: combine kinds by &, which leaves none inside another")
+    values = part.values
     return values if values.dtype == torch.bool else values.double()

@@ -31,7 +31,8 @@ __all__ = [
 _STRUCTURED = 1 << 20
 _PADDED_KEYS = 1024
 
-_PLANS: dict[tuple[Kernel | None, Ask], Kernel | tuple[str, ...]] = {}
+_PICKED: dict[Ask, Kernel] = {}
+_REASONS: dict[tuple[Kernel, Ask], tuple[str, ...]] = {}
 
 
 class Refused(ValueError):
@@ -58,9 +59,9 @@ def pick(asked: Ask) -> Kernel:
     """The fastest exact kernel by the table of this machine, else by rules."""
     if asked.compiling:
         return _by_rule(asked)
-    kernel = _PLANS.get((None, asked))
+    kernel = _PICKED.get(asked)
     if kernel is None:
-        kernel = _PLANS[None, asked] = tuned(asked) or _by_rule(asked)
+        kernel = _PICKED[asked] = tuned(asked) or _by_rule(asked)
     return kernel
 
 
@@ -75,7 +76,7 @@ def _order(asked: Ask) -> tuple[Kernel, ...]:
     """What to try, the best first."""
     if asked.kinds <= {"causal"} or asked.kinds <= {"dense", "bias", "learned"}:
         return (SDPA,)
-    if asked.kinds == {"keys"}:
+    if asked.kinds <= {"keys"}:
         packs = asked.dtype in HALF and asked.keys >= _PADDED_KEYS
         return (VARLEN, SDPA) if packs else (SDPA,)
     # As one dense mask this would be Q x K.
@@ -123,15 +124,17 @@ def lse_of(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of a kernel that gives both."""
+    if kernel.with_lse is None:
+        raise Refused(f"backend {kernel.name!r} gives no log-sum-exp")
     return kernel.with_lse(q, k, v, scoring, *kernel.options)
 
 
 def _reasons(kernel: Kernel, asked: Ask) -> tuple[str, ...]:
     if asked.compiling:
         return tuple(why_not(kernel.takes, asked))
-    found = _PLANS.get((kernel, asked))
+    found = _REASONS.get((kernel, asked))
     if found is None:
-        found = _PLANS[kernel, asked] = tuple(why_not(kernel.takes, asked))
+        found = _REASONS[kernel, asked] = tuple(why_not(kernel.takes, asked))
     return found
 
 
@@ -159,4 +162,5 @@ def _warn(name: str, reasons: tuple[str, ...]) -> None:
 
 def forget() -> None:
     """Drops the plans that were made, after a change of kernels or of the table."""
-    _PLANS.clear()
+    _PICKED.clear()
+    _REASONS.clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import GeneratorType
@@ -48,7 +48,7 @@ def backend(
     fallback: str | None = None,
     max_error: float | None = None,
     calls: int = 3,
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Runs attention by the kernel of that name within the block.
 
     It holds for processors and calls of `attnproc.kernels.attention` that name no backend
@@ -72,7 +72,9 @@ def backend(
 
 
 @contextmanager
-def within(name: Any, watch: Watch | None, fallback: str | None = None) -> Iterator[None]:
+def within(
+    name: Any, watch: Watch | None, fallback: str | None = None
+) -> Generator[None, None, None]:
     """A block whose calls go through `watch`."""
     global _latest
     entered = Scope(named(name).name, fallback, watch)

@@ -141,7 +141,7 @@ def _best(timings: Sequence[Timing], max_error: float | None) -> str:
 
 def _timed(
     kernel: Kernel,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor, Tensor, Tensor],
     scoring: Scoring,
     right: Tensor,
     asked: Ask,
@@ -166,18 +166,17 @@ def _timed(
     return Timing(kernel.name, median * 1e3, error)
 
 
-def _inputs(asked: Ask) -> list[Tensor]:
-    shapes = (
-        (asked.heads, asked.queries, asked.dim),
-        (asked.kv_heads, asked.keys, asked.dim),
-        (asked.kv_heads, asked.keys, asked.v_dim),
+def _inputs(asked: Ask) -> tuple[Tensor, Tensor, Tensor]:
+    def made(heads: int, length: int, dim: int) -> Tensor:
+        shape = (asked.batch, heads, length, dim)
+        t = torch.randn(shape, device=asked.device, dtype=asked.dtype)
+        return t.requires_grad_(asked.backward)
+
+    return (
+        made(asked.heads, asked.queries, asked.dim),
+        made(asked.kv_heads, asked.keys, asked.dim),
+        made(asked.kv_heads, asked.keys, asked.v_dim),
     )
-    return [
-        torch.randn(asked.batch, *shape, device=asked.device, dtype=asked.dtype).requires_grad_(
-            asked.backward
-        )
-        for shape in shapes
-    ]
 
 
 def _mask(asked: Ask) -> Mask | None:

@@ -33,10 +33,11 @@ def default_path() -> Path:
 def table() -> dict[str, dict[str, str]]:
     """The table, read when it is first asked for; empty where there is none."""
     global _table
-    if _table is None:
+    found = _table
+    if found is None:
         path = default_path()
-        _table = json.loads(path.read_text()) if path.is_file() else {}
-    return _table
+        found = _table = json.loads(path.read_text()) if path.is_file() else {}
+    return found
 
 
 def use_table(path: str | Path | None) -> None:
