@@ -44,6 +44,8 @@ def attention_widths(wide: int, own: int) -> dict[str, tuple[int, int]]:
     return {"to_q": (own, own), "to_k": (wide, own), "to_v": (wide, own), "to_out": (own, own)}
 
 
+# Long constructors stand as diffusers has them, a few lines each.
+# fmt: off
 class IPAdapterAttnProcessor2_0(PromptCall):
     """Attention plus one attention an image prompt (IP-Adapter).
 
@@ -61,11 +63,8 @@ class IPAdapterAttnProcessor2_0(PromptCall):
     recipe = PROMPTED
 
     def __init__(
-        self,
-        hidden_size: int,
-        cross_attention_dim: int | None = None,
-        num_tokens: int | Sequence[int] = (4,),
-        scale: Scale = 1.0,
+        self, hidden_size: int, cross_attention_dim: int | None = None,
+        num_tokens: int | Sequence[int] = (4,), scale: Scale = 1.0,
     ) -> None:
         super().__init__()
         mount_prompts(self, hidden_size, cross_attention_dim, num_tokens, scale)
@@ -84,12 +83,8 @@ class IPAdapterXFormersAttnProcessor(IPAdapterAttnProcessor2_0):
     attention_op = KernelSetting()
 
     def __init__(
-        self,
-        hidden_size: int,
-        cross_attention_dim: int | None = None,
-        num_tokens: int | Sequence[int] = (4,),
-        scale: Scale = 1.0,
-        attention_op: Any = None,
+        self, hidden_size: int, cross_attention_dim: int | None = None,
+        num_tokens: int | Sequence[int] = (4,), scale: Scale = 1.0, attention_op: Any = None,
     ) -> None:
         super().__init__(hidden_size, cross_attention_dim, num_tokens, scale)
         self.attention_op = attention_op
@@ -113,13 +108,8 @@ class CustomDiffusionAttnProcessor2_0(PlainCall):
     recipe = CUSTOM
 
     def __init__(
-        self,
-        train_kv: bool = True,
-        train_q_out: bool = True,
-        hidden_size: int | None = None,
-        cross_attention_dim: int | None = None,
-        out_bias: bool = True,
-        dropout: float = 0.0,
+        self, train_kv: bool = True, train_q_out: bool = True, hidden_size: int | None = None,
+        cross_attention_dim: int | None = None, out_bias: bool = True, dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.train_kv, self.train_q_out = train_kv, train_q_out
@@ -148,13 +138,8 @@ class CustomDiffusionXFormersAttnProcessor(CustomDiffusionAttnProcessor2_0):
     attention_op = KernelSetting()
 
     def __init__(
-        self,
-        train_kv: bool = True,
-        train_q_out: bool = False,
-        hidden_size: int | None = None,
-        cross_attention_dim: int | None = None,
-        out_bias: bool = True,
-        dropout: float = 0.0,
+        self, train_kv: bool = True, train_q_out: bool = False, hidden_size: int | None = None,
+        cross_attention_dim: int | None = None, out_bias: bool = True, dropout: float = 0.0,
         attention_op: Any = None,
     ) -> None:
         super().__init__(
@@ -176,11 +161,8 @@ class LoRAAttnProcessor2_0(LoRACall):
     recipe = PLAIN
 
     def __init__(
-        self,
-        hidden_size: int | None = None,
-        cross_attention_dim: int | None = None,
-        rank: int = 4,
-        network_alpha: float | None = None,
+        self, hidden_size: int | None = None, cross_attention_dim: int | None = None,
+        rank: int = 4, network_alpha: float | None = None,
     ) -> None:
         super().__init__()
         self.hidden_size, self.cross_attention_dim = hidden_size, cross_attention_dim
@@ -210,12 +192,8 @@ class LoRAXFormersAttnProcessor(LoRAAttnProcessor2_0):
     attention_op = KernelSetting()
 
     def __init__(
-        self,
-        hidden_size: int | None = None,
-        cross_attention_dim: int | None = None,
-        rank: int = 4,
-        attention_op: Any = None,
-        network_alpha: float | None = None,
+        self, hidden_size: int | None = None, cross_attention_dim: int | None = None,
+        rank: int = 4, attention_op: Any = None, network_alpha: float | None = None,
     ) -> None:
         super().__init__(hidden_size, cross_attention_dim, rank, network_alpha)
         self.attention_op = attention_op
@@ -230,3 +208,4 @@ class LoRAAttnAddedKVProcessor(LoRAAttnProcessor2_0):
     def _widths(wide: int, own: int) -> dict[str, tuple[int, int]]:
         names = ("to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj")
         return {name: (wide if name.startswith("add") else own, own) for name in names}
+# fmt: on
