@@ -16,9 +16,8 @@ from ..linears import (
     mount_custom_diffusion,
     mount_lora,
 )
-from ..processor import KernelSetting
 from ..prompts import Scale, decoupled, mount_prompts
-from .unet import ADDED_KV, PLAIN
+from .unet import ADDED_KV, PLAIN, ByXFormers
 
 __all__ = [
     "CustomDiffusionAttnProcessor",
@@ -76,11 +75,10 @@ class IPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
     recipe = PROMPTED.but(kernel=REFERENCE)
 
 
-class IPAdapterXFormersAttnProcessor(IPAdapterAttnProcessor2_0):
+class IPAdapterXFormersAttnProcessor(ByXFormers, IPAdapterAttnProcessor2_0):
     """As `IPAdapterAttnProcessor2_0`, by xformers with the operator `attention_op`."""
 
     recipe = PROMPTED.but(kernel=XFORMERS)
-    attention_op = KernelSetting()
 
     def __init__(
         self, hidden_size: int, cross_attention_dim: int | None = None,
@@ -125,17 +123,10 @@ class CustomDiffusionAttnProcessor2_0(PlainCall):
         mount_custom_diffusion(self, attention_widths(wide, hidden_size), out_bias, dropout)
 
 
-class CustomDiffusionAttnProcessor(CustomDiffusionAttnProcessor2_0):
-    """As `CustomDiffusionAttnProcessor2_0`, in plain tensor operations."""
-
-    recipe = CUSTOM.but(kernel=REFERENCE)
-
-
-class CustomDiffusionXFormersAttnProcessor(CustomDiffusionAttnProcessor2_0):
+class CustomDiffusionXFormersAttnProcessor(ByXFormers, CustomDiffusionAttnProcessor2_0):
     """As `CustomDiffusionAttnProcessor2_0`, by xformers with the operator `attention_op`."""
 
     recipe = CUSTOM.but(kernel=XFORMERS)
-    attention_op = KernelSetting()
 
     def __init__(
         self, train_kv: bool = True, train_q_out: bool = False, hidden_size: int | None = None,
@@ -146,6 +137,12 @@ class CustomDiffusionXFormersAttnProcessor(CustomDiffusionAttnProcessor2_0):
             train_kv, train_q_out, hidden_size, cross_attention_dim, out_bias, dropout
         )
         self.attention_op = attention_op
+
+
+class CustomDiffusionAttnProcessor(CustomDiffusionAttnProcessor2_0):
+    """As `CustomDiffusionAttnProcessor2_0`, in plain tensor operations."""
+
+    recipe = CUSTOM.but(kernel=REFERENCE)
 
 
 class LoRAAttnProcessor2_0(LoRACall):
@@ -185,20 +182,6 @@ class LoRAAttnProcessor(LoRAAttnProcessor2_0):
     recipe = PLAIN.but(kernel=REFERENCE)
 
 
-class LoRAXFormersAttnProcessor(LoRAAttnProcessor2_0):
-    """As `LoRAAttnProcessor2_0`, by xformers with the operator `attention_op`."""
-
-    recipe = PLAIN.but(kernel=XFORMERS)
-    attention_op = KernelSetting()
-
-    def __init__(
-        self, hidden_size: int | None = None, cross_attention_dim: int | None = None,
-        rank: int = 4, attention_op: Any = None, network_alpha: float | None = None,
-    ) -> None:
-        super().__init__(hidden_size, cross_attention_dim, rank, network_alpha)
-        self.attention_op = attention_op
-
-
 class LoRAAttnAddedKVProcessor(LoRAAttnProcessor2_0):
     """As `LoRAAttnProcessor`, with the added projections adapted too."""
 
@@ -208,4 +191,17 @@ class LoRAAttnAddedKVProcessor(LoRAAttnProcessor2_0):
     def _widths(wide: int, own: int) -> dict[str, tuple[int, int]]:
         names = ("to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj")
         return {name: (wide if name.startswith("add") else own, own) for name in names}
+
+
+class LoRAXFormersAttnProcessor(ByXFormers, LoRAAttnProcessor2_0):
+    """As `LoRAAttnProcessor2_0`, by xformers with the operator `attention_op`."""
+
+    recipe = PLAIN.but(kernel=XFORMERS)
+
+    def __init__(
+        self, hidden_size: int | None = None, cross_attention_dim: int | None = None,
+        rank: int = 4, attention_op: Any = None, network_alpha: float | None = None,
+    ) -> None:
+        super().__init__(hidden_size, cross_attention_dim, rank, network_alpha)
+        self.attention_op = attention_op
 # fmt: on

@@ -53,14 +53,18 @@ PLAIN = Recipe(
 ADDED_KV = PLAIN.but(frame=ADDED, project=added_kv, text_first=True)
 
 
-class WithOperator(Processor):
+class ByXFormers(Processor):
+    """Runs xformers by `attention_op`, an operator of `xformers.ops`, or by its own choice."""
+
+    attention_op = KernelSetting()
+
+
+class WithOperator(ByXFormers):
     """Holds a setting of xformers.
 
     Args:
         attention_op: An operator of `xformers.ops`; None leaves the choice to xformers.
     """
-
-    attention_op = KernelSetting()
 
     def __init__(self, attention_op: Any = None) -> None:
         super().__init__()
