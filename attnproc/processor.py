@@ -28,10 +28,12 @@ class Processor(Verbs, nn.Module):
 
     Attributes:
         recipe: The parts. Changed copies come from `but`.
+        layer_backend: The kernel of this layer by name, which goes before its model's.
         lora_weights: Weight of each low-rank update by its name; 1 where none is given.
     """
 
     recipe: Recipe
+    layer_backend: Any = None
     _attention_backend: Any = None
     layer_backend: Any = None
     _parallel_config: Any = None
