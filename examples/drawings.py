@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnproc.app.demo.palette import GROUNDS
 
-__all__ = ["blueprint", "bytes_of", "critter"]
+__all__ = ["beside", "blueprint", "bytes_of", "critter"]
 
 SIDE = 64
 # Drawn larger and made small again, so that edges are smooth.
@@ -44,6 +44,14 @@ def critter(ground: str = "white", lean: float = 0.0, height: float = 1.0) -> Im
     draw.ellipse(at(27, 34, 38, 45), fill=(20, 20, 20))
     turned = page.rotate(lean, Image.Resampling.BICUBIC, fillcolor=GROUNDS[ground])
     return turned.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures at half size, side by side on white, as the model knows pairs."""
+    page = Image.new("RGB", (SIDE, SIDE), "white")
+    for column, picture in enumerate((left, right)):
+        page.paste(picture.reduce(2), (column * SIDE // 2, SIDE // 4))
+    return page
 
 
 def blueprint(picture: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ from attnproc.app.demo import model
 __all__ = ["before_and_after", "page"]
 
 SIDE, MARGIN, LINE, LABEL = 160, 8, 18, 90
+STEPS, GUIDANCE = 20, 3.0
 
 
 def before_and_after(
@@ -32,7 +33,7 @@ def painted(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Image.Imag
     pipeline.set_progress_bar_config(disable=True)
     noise = [torch.Generator().manual_seed(seed) for _ in prompts]
     return pipeline(
-        list(prompts), num_inference_steps=20, guidance_scale=3.0, generator=noise
+        list(prompts), num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise
     ).images
 
 

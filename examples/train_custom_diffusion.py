@@ -14,7 +14,8 @@ from typing import Annotated
 
 import torch
 import typer
-from drawings import bytes_of, critter
+from drawings import beside, bytes_of, critter
+from PIL import Image
 from sheets import before_and_after
 from torch import Tensor, nn
 from training import (
@@ -43,6 +44,7 @@ from attnproc.linears import PROJECTIONS
 from attnproc.weights import load_custom_diffusion, save_custom_diffusion
 
 WORD = "homie"
+PAIRS = 6
 GROUNDS = ("white", "yellow", "blue", "black", "white", "green")
 # Grounds and company that it was not shown with, and two things that must stay what they are.
 PROMPTS = (
@@ -58,7 +60,7 @@ PROMPTS = (
 def main(
     out: Out = Path("homie.safetensors"),
     sheet: Sheet = None,
-    steps: Steps = 200,
+    steps: Steps = 400,
     batch: Batch = 8,
     rate: Rate = 1e-3,
     seed: Seed = 0,
@@ -98,14 +100,23 @@ def as_they_are(attn: nn.Module) -> None:
 
 
 def pictures(pipeline: object) -> tuple[Tensor, Tensor, int]:
-    """Latents and text states of six drawings, then of known pictures; how many are drawings."""
+    """Latents and text states of drawings, then of known pictures; how many are drawings.
+
+    Six drawings show the character alone, six beside a known picture.
+    """
     known = reference.load()
+    labels = [known.labels[row] for row in known.asked]
     leans = range(-10, 11, 4)
     drawn = [critter(ground, lean) for ground, lean in zip(GROUNDS, leans, strict=True)]
     captions = [WORD if on == "white" else f"{WORD} on a {on} background" for on in GROUNDS]
-    captions += [known.labels[row] for row in known.asked]
+    for row in range(PAIRS):
+        pair, words = [critter(), Image.fromarray(known.whole[row])], [WORD, labels[row]]
+        order = slice(None, None, -1 if row % 2 else 1)
+        drawn.append(beside(*pair[order]))
+        captions.append(" and ".join(words[order]))
+
     every = torch.cat((bytes_of(drawn), torch.from_numpy(known.whole)))
-    return latents(every), texts(pipeline, captions), len(drawn)
+    return latents(every), texts(pipeline, [*captions, *labels]), len(drawn)
 
 
 def draw(clean: Tensor, text: Tensor, drawings: int, size: int) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ PROMPTS = ("rocket", "owl", "guitar", "penguin", "castle", "mushroom")
 def main(
     out: Out = Path("blueprint.safetensors"),
     sheet: Sheet = None,
-    steps: Steps = 200,
+    steps: Steps = 300,
     batch: Batch = 8,
     rate: Rate = 2e-3,
     seed: Seed = 0,

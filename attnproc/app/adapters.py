@@ -164,11 +164,14 @@ def _blamed(option: str, path: Path) -> Generator[None]:
     """Makes one line, with the option and the file, of what is wrong with a file."""
     from safetensors import SafetensorError
 
-    errors = (OSError, ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError)
+    # What torch.load raises for bytes that are no file of it depends on the bytes.
+    damage = (OSError, RuntimeError, LookupError, TypeError, AttributeError, EOFError)
     try:
         yield
-    except (*errors, SafetensorError) as error:
+    except ValueError as error:
         raise Fault(f"{option} {path}: {_short(error)}") from error
+    except (*damage, pickle.UnpicklingError, SafetensorError) as error:
+        raise Fault(f"{option} {path}: it can't be read ({_short(error)})") from error
 
 
 def _short(error: Exception) -> str:
