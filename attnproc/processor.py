@@ -35,7 +35,6 @@ class Processor(Verbs, nn.Module):
     recipe: Recipe
     layer_backend: Any = None
     _attention_backend: Any = None
-    layer_backend: Any = None
     _parallel_config: Any = None
     lora_weights: Mapping[str, Weight] = MappingProxyType({})
 
