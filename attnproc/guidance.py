@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .types import KernelCall, Scoring
 
-__all__ = ["BlurredMap"]
+__all__ = ["BlurredMap", "blurred"]
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,34 @@ class BlurredMap:
     ) -> Tensor:
         o = kernel(q, k, v, scoring)
         start, stop = scoring.image or (0, o.shape[2])
-        blurred = self._blurred(o[:, :, start:stop])
-        return torch.cat((o[:, :, :start], blurred, o[:, :, stop:]), dim=2)
+        image = blurred(o[:, :, start:stop], self.sigma, self.aspect)
+        return torch.cat((o[:, :, :start], image, o[:, :, stop:]), dim=2)
 
-    def _blurred(self, o: Tensor) -> Tensor:
-        """``[B, H, S, D]`` blurred over S as a grid."""
-        height = round(math.sqrt(o.shape[2] * self.aspect))
-        if height == 0 or o.shape[2] % height:
-            raise ValueError(
-                f"aspect is {self.aspect}: {o.shape[2]} tokens are no grid of that height to width"
-            )
-        planes = o.transpose(-1, -2).flatten(1, 2).unflatten(-1, (height, -1))
-        for axis in (-1, -2):
-            planes = self._along(planes, axis)
-        return planes.flatten(-2).unflatten(1, (o.shape[1], -1)).transpose(-1, -2)
 
-    def _along(self, planes: Tensor, axis: int) -> Tensor:
-        """Planes ``[B, N, height, width]`` blurred along one axis, mirrored at the edges."""
-        reach = min(math.ceil(3 * self.sigma), planes.shape[axis] - 1)
-        steps = torch.arange(-reach, reach + 1, dtype=planes.dtype, device=planes.device)
-        bell = torch.exp(-0.5 * (steps / self.sigma) ** 2)
-        bell = (bell / bell.sum()).view(1, 1, *((1, -1) if axis == -1 else (-1, 1)))
-        sides = (reach, reach, 0, 0) if axis == -1 else (0, 0, reach, reach)
-        channels = planes.shape[1]
-        padded = F.pad(planes, sides, mode="reflect")
-        return F.conv2d(padded, bell.expand(channels, 1, -1, -1), groups=channels)
+def blurred(t: Tensor, sigma: float, aspect: float = 1.0) -> Tensor:
+    """``[B, H, S, D]`` blurred over S as a grid, mirrored at the edges.
+
+    Raises:
+        ValueError: S tokens are no grid of that aspect, its height divided by its width.
+    """
+    height = round(math.sqrt(t.shape[2] * aspect))
+    if height == 0 or t.shape[2] % height:
+        raise ValueError(
+            f"aspect is {aspect}: {t.shape[2]} tokens are no grid of that height to width"
+        )
+    planes = t.transpose(-1, -2).flatten(1, 2).unflatten(-1, (height, -1))
+    for axis in (-1, -2):
+        planes = _along(planes, axis, sigma)
+    return planes.flatten(-2).unflatten(1, (t.shape[1], -1)).transpose(-1, -2)
+
+
+def _along(planes: Tensor, axis: int, sigma: float) -> Tensor:
+    """Planes ``[B, N, height, width]`` blurred along one axis, mirrored at the edges."""
+    reach = min(math.ceil(3 * sigma), planes.shape[axis] - 1)
+    steps = torch.arange(-reach, reach + 1, dtype=planes.dtype, device=planes.device)
+    bell = torch.exp(-0.5 * (steps / sigma) ** 2)
+    bell = (bell / bell.sum()).view(1, 1, *((1, -1) if axis == -1 else (-1, 1)))
+    sides = (reach, reach, 0, 0) if axis == -1 else (0, 0, reach, reach)
+    channels = planes.shape[1]
+    padded = F.pad(planes, sides, mode="reflect")
+    return F.conv2d(padded, bell.expand(channels, 1, -1, -1), groups=channels)

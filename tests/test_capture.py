@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import attnproc
 from attnproc.capture import Box, Capture, Maps, capture, components, key_weights, load
-from attnproc.capture.chosen import sides
 from attnproc.interop import processors
 from attnproc.kernels.visible import dense_mask
+from attnproc.places import sides
 from attnproc.types import Bias, Keys, Scoring
 from attnproc.verify.build import build
 

@@ -1,6 +1,6 @@
 """Attention maps of chosen queries and keys, exact, beside any kernel."""
 
-from .chosen import Box
+from ..places import Box
 from .components import Components, components
 from .maps import Maps
 from .part import Capture

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.reference import expand_heads
+from ..places import grid_of, sides
+from ..rows import part_rows, rows_from, take
 from ..types import KernelCall, Scoring
-from .chosen import grid_of, sides
 from .recorder import record, ticket_for
-from .rows import part_rows
 from .weights import weights
 from .within import wrapped
 
@@ -87,9 +87,9 @@ class _Keep:
         with torch.no_grad():
             rows = part_rows(self.found.part, q.shape[0])
             of_q, of_k = sides("image-image", scoring, q.shape[2], k.shape[2])
-            ends = of_q.stop, of_k.stop
-            some = q[rows, :, of_q.start : ends[0]].detach()
-            pair = torch.stack((some, expand_heads(k, q)[rows, :, of_k.start : ends[1]].detach()))
+            some_q = take(rows_from(q.detach(), rows), of_q, 2)
+            some_k = take(rows_from(expand_heads(k.detach(), q), rows), of_k, 2)
+            pair = torch.stack((some_q, some_k))
             self.found.scales[self.layer] = scoring.scale
             if torch.compiler.is_compiling():
                 record(self.ticket, pair)

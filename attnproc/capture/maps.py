@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..places import Slab, grid_of, sides
+from ..rows import part_rows, rows_from, scoring_of
 from ..types import Scoring
-from .chosen import Labels, Slab, by_label, grid_of, positions, sides
-from .rows import of_part
+from .chosen import Labels, by_label, positions
 from .weights import linear_weights, weights
 
 __all__ = ["Heads", "Maps"]
@@ -153,13 +154,16 @@ class Maps:
             lse: Log-sum-exp ``[B, H, Q]`` of the scores, if the kernel gave it.
             linear: Whether it is attention without a softmax.
         """
-        q, k, scoring, lse = of_part(self.part, q, k, scoring, lse)
+        rows = part_rows(self.part, q.shape[0])
+        scoring = scoring_of(scoring, rows, q.shape[0])
+        q, k = rows_from(q.detach(), rows), rows_from(k.detach(), rows)
+        lse = None if lse is None else rows_from(lse.detach(), rows)
         rooms = sides(self.slab, scoring, q.shape[2], k.shape[2])
-        rows = positions(self._rows, rooms[0], self.aspect, "regions")
+        queries = positions(self._rows, rooms[0], self.aspect, "regions")
         cols = positions(self._cols, rooms[1], self.aspect, "words")
         chosen = [
             room if groups is None else [i for group in groups for i in group]
-            for groups, room in zip((rows, cols), rooms, strict=True)
+            for groups, room in zip((queries, cols), rooms, strict=True)
         ]
         parts = (
             linear_weights(q, k, scoring, *chosen)
@@ -167,9 +171,9 @@ class Maps:
             else weights(q, k, scoring, *chosen, lse)
         )
         found = torch.cat([_joined(self._of_heads(part), cols) for part in parts], dim=-2)
-        if rows is None:
+        if queries is None:
             return found
-        groups = found.split([len(group) for group in rows], dim=-2)
+        groups = found.split([len(group) for group in queries], dim=-2)
         return torch.stack([group.mean(dim=-2) for group in groups], dim=-2)
 
     def add(self, layer: str, found: Tensor) -> None:

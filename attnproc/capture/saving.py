@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chosen import Box
+from ..places import Box
 from .maps import Maps
 
 __all__ = ["load", "save"]

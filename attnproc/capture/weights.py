@@ -11,9 +11,10 @@ from torch import Tensor
 from ..kernels.reference import expand_heads, factor, masked_scores, masked_softmax
 from ..kernels.visible import merged, structure, values
 from ..masks import factors
+from ..rows import take
 from ..types import Scoring
 
-__all__ = ["key_weights", "linear_weights", "take", "weights"]
+__all__ = ["key_weights", "linear_weights", "weights"]
 
 # Scores held at a time, over batch, heads, queries of a chunk and keys.
 _CHUNK = 1 << 22
@@ -92,28 +93,6 @@ def key_weights(
     """Weights ``[B, Q, n]`` of some keys, mean over heads; as `weights` in one tensor."""
     parts = [part.mean(dim=1) for part in weights(q, k, scoring, queries, keys)]
     return torch.cat(parts, dim=1)
-
-
-def take(t: Tensor, at: Sequence[int], dim: int) -> Tensor:
-    """Entries of an axis, by slices: no index travels to the device, nothing is looked up."""
-    runs = _runs(at)
-    if runs == [(0, t.shape[dim])]:
-        return t
-    parts = [t.narrow(dim, start, length) for start, length in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _runs(at: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and length of each run of following numbers."""
-    if isinstance(at, range) and at.step == 1:
-        return [(at.start, len(at))]
-    runs: list[tuple[int, int]] = []
-    for i in at:
-        if runs and sum(runs[-1]) == i:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((i, 1))
-    return runs
 
 
 def _mask(

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..interop import processors, put
 from ..on import Kind, kind_of
+from ..places import Slab
 from ..processor import Processor
 from ..types import AroundPart
-from .chosen import Labels, Slab
+from .chosen import Labels
 from .maps import Heads, Maps
 from .part import Capture
 

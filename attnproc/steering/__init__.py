@@ -1,0 +1,25 @@
+"""Parts that steer a picture through its attention; each goes with every other part."""
+
+from ..places import Box
+from .perturb import BlurredQueries, Nearby
+from .prompt_to_prompt import Alignment, PromptToPrompt, align
+from .reference import SharedKeys
+from .regions import Region, Regional
+from .wording import Weighted, parse, tokens_of
+from .words import WordWeights
+
+__all__ = [
+    "Alignment",
+    "BlurredQueries",
+    "Box",
+    "Nearby",
+    "PromptToPrompt",
+    "Region",
+    "Regional",
+    "SharedKeys",
+    "Weighted",
+    "WordWeights",
+    "align",
+    "parse",
+    "tokens_of",
+]
