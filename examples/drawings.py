@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnproc.app.demo.palette import GROUNDS
 
-__all__ = ["beside", "blueprint", "bytes_of", "critter"]
+__all__ = ["bands", "beside", "blueprint", "bytes_of", "critter"]
 
 SIDE = 64
 # Drawn larger and made small again, so that edges are smooth.
@@ -52,6 +52,12 @@ def beside(left: Image.Image, right: Image.Image) -> Image.Image:
     for column, picture in enumerate((left, right)):
         page.paste(picture.reduce(2), (column * SIDE // 2, SIDE // 4))
     return page
+
+
+def bands(*colours: str) -> Image.Image:
+    """Bands of colours, from top to bottom."""
+    column = np.array([[GROUNDS[colour]] for colour in colours], np.uint8)
+    return Image.fromarray(column).resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
 def blueprint(picture: Image.Image) -> Image.Image:

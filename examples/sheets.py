@@ -12,7 +12,7 @@ from torch import nn
 
 from attnproc.app.demo import model
 
-__all__ = ["before_and_after", "page"]
+__all__ = ["before_and_after", "page", "painted"]
 
 SIDE, MARGIN, LINE, LABEL = 160, 8, 18, 90
 STEPS, GUIDANCE = 20, 3.0
@@ -28,13 +28,14 @@ def before_and_after(
     page(path, prompts, {"before": before, "after": painted(pipeline, prompts, seed)})
 
 
-def painted(pipeline: Any, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+def painted(
+    pipeline: Any, prompts: Sequence[str], seed: int = 0, guidance: float = GUIDANCE, **inputs: Any
+) -> list[Image.Image]:
     """One picture a prompt, all from the same noise."""
     pipeline.set_progress_bar_config(disable=True)
     noise = [torch.Generator().manual_seed(seed) for _ in prompts]
-    return pipeline(
-        list(prompts), num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise
-    ).images
+    given = {"num_inference_steps": STEPS, "guidance_scale": guidance, "generator": noise}
+    return pipeline(list(prompts), **given, **inputs).images
 
 
 def page(

@@ -44,7 +44,8 @@ from attnproc.linears import PROJECTIONS
 from attnproc.weights import load_custom_diffusion, save_custom_diffusion
 
 WORD = "homie"
-PAIRS = 6
+# Rows of the known pictures beside which it is shown.
+COMPANY = range(16, 22)
 GROUNDS = ("white", "yellow", "blue", "black", "white", "green")
 # Grounds and company that it was not shown with, and two things that must stay what they are.
 PROMPTS = (
@@ -109,7 +110,7 @@ def pictures(pipeline: object) -> tuple[Tensor, Tensor, int]:
     leans = range(-10, 11, 4)
     drawn = [critter(ground, lean) for ground, lean in zip(GROUNDS, leans, strict=True)]
     captions = [WORD if on == "white" else f"{WORD} on a {on} background" for on in GROUNDS]
-    for row in range(PAIRS):
+    for row in COMPANY:
         pair, words = [critter(), Image.fromarray(known.whole[row])], [WORD, labels[row]]
         order = slice(None, None, -1 if row % 2 else 1)
         drawn.append(beside(*pair[order]))

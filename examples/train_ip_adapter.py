@@ -3,7 +3,7 @@
 The image encoder takes the picture's palette, from top to bottom. The colours of the training
 pictures are shuffled, so that the words can't tell them and the picture has to.
 
-Run `python examples/train_ip_adapter.py --out image.safetensors`.
+Run `python examples/train_ip_adapter.py --out image.safetensors --sheet image.png`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
+from drawings import bands, bytes_of, critter
 from PIL import Image
+from sheets import page, painted
 from torch import Tensor, nn
 from training import (
     Batch,
@@ -26,6 +28,7 @@ from training import (
     Rate,
     Seed,
     Settings,
+    Sheet,
     Steps,
     fit,
     frozen,
@@ -36,14 +39,16 @@ from training import (
 )
 
 import attnproc
-from attnproc.app.demo import reference
-from attnproc.app.image_prompt import WIDTH, embeddings
+from attnproc.app.demo import model, reference
+from attnproc.app.image_prompt import WIDTH, embeddings, put_on
 from attnproc.interop import processors
 from attnproc.weights import save_ip_adapter
 
 TOKENS = 4
 # Below this noise step details are drawn, which small pictures lack.
 LOWEST = 300
+SCALE = 0.8
+PROMPTS = ("cat", "rocket", "house", "heart", "guitar")
 
 
 class Projection(nn.Module):
@@ -91,6 +96,7 @@ class Pictures:
 
 def main(
     out: Out = Path("image.safetensors"),
+    sheet: Sheet = None,
     steps: Steps = 400,
     batch: Batch = 16,
     rate: Rate = 2e-3,
@@ -112,6 +118,34 @@ def main(
     losses = fit(Denoiser(unet, projection), pipeline.scheduler, Pictures(pipeline).draw, settings)
     save_ip_adapter(unet.half(), out, projection.half().state_dict())
     typer.echo(summary(out, losses))
+    if sheet is not None:
+        draw_sheet(sheet, out)
+
+
+def draw_sheet(path: Path, file: Path) -> None:
+    """Draws the same prompts steered by different pictures."""
+    pipeline = model.load()
+    rows: dict[str, list[Image.Image | None]] = {"none": [None, *painted(pipeline, PROMPTS)]}
+    put_on(pipeline.unet, SCALE, file)
+    for name, picture in given().items():
+        embeds = embeddings(bytes_of([picture]))
+        both = torch.stack((torch.zeros_like(embeds), embeds))
+        pictures = painted(pipeline, PROMPTS, ip_adapter_image_embeds=[both])
+        rows[name] = [picture, *pictures]
+    page(path, ["picture", *PROMPTS], rows)
+
+
+def given() -> dict[str, Image.Image]:
+    """Pictures that the prompt was not trained on, and one of those it was."""
+    known = reference.load()
+    small = Image.fromarray(known.small[known.row("watermelon")])
+    return {
+        "bands": bands("pink", "purple", "teal"),
+        "night": bands("black", "blue"),
+        "sun": bands("yellow", "orange", "red"),
+        "critter": critter("green"),
+        "watermelon": small.resize((64, 64), Image.Resampling.BICUBIC),
+    }
 
 
 @torch.no_grad()

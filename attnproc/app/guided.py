@@ -13,7 +13,7 @@ from attnproc.on import on
 
 __all__ = ["LAYERS", "Guided"]
 
-LAYERS = "mid_block.*"
+LAYERS = "*"
 
 
 class Guided(StableDiffusionPAGPipeline):
