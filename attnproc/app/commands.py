@@ -11,6 +11,7 @@ import attnproc
 from attnproc.app.autotune import autotune
 from attnproc.app.compare import compare
 from attnproc.app.doctor import doctor
+from attnproc.app.edit import edit
 from attnproc.app.explain import explain
 from attnproc.app.faults import Fault, missing
 from attnproc.app.generate import generate
@@ -60,6 +61,7 @@ def _top(
 
 
 app.command()(generate)
+app.command()(edit)
 app.command()(compare)
 app.command("list")(list_processors)
 app.command()(doctor)

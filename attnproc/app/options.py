@@ -17,6 +17,9 @@ __all__ = [
     "Pag",
     "Processor",
     "Prompt",
+    "Reference",
+    "Region",
+    "Schedule",
     "Seed",
     "Size",
     "Steps",
@@ -59,4 +62,23 @@ Image = Annotated[
 Pag = Annotated[
     float,
     typer.Option(min=0.0, help="Weight of perturbed-attention guidance; 0 turns it off."),
+]
+Region = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WORDS:BOX",
+        help="Words for a part of the picture, left,top,right,bottom in fractions, as in "
+        '"cat:0,0,0.5,1"; the prompt holds for the rest. May be given again.',
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(metavar="PICTURE", help="A picture that the new one looks at while it is made."),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BEGIN,END",
+        help="During which part of the steps word weights, regions and reference hold (0,1: all).",
+    ),
 ]

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     )
     from PIL.Image import Image
 
-__all__ = ["Clock", "Request", "load", "paint", "progress"]
+__all__ = ["Clock", "Hook", "Request", "load", "paint", "progress"]
 
 Tick = Callable[[], None]
+Hook = Callable[[Any, int, Any, "dict[str, Any]"], "dict[str, Any]"]
+"""A pipeline's `callback_on_step_end`."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def paint(
     request: Request,
     tick: Tick,
     inputs: Mapping[str, Any] | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> list[Image]:
     """Makes the pictures.
 
@@ -83,7 +86,8 @@ def paint(
         pipeline: The demo model.
         request: What to paint.
         tick: Called after each step.
-        inputs: Further arguments of the pipeline's call.
+        inputs: Further arguments of the pipeline's call, also in place of its own.
+        hooks: Called after each step, one after another.
 
     Returns:
         RGB pictures in the model's own size.
@@ -91,20 +95,24 @@ def paint(
     import torch
 
     run: Any = pipeline
-    seeds = range(request.seed, request.seed + request.batch)
+    given = {"prompt": [request.prompt] * request.batch, **(inputs or {})}
+    rows = len(given["prompt"] or given["prompt_embeds"])
+    # Rows before the pictures, such as a reference, don't take their seeds.
+    seeds = range(request.seed - (rows - request.batch), request.seed + request.batch)
 
-    def after_step(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def after_step(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         tick()
+        for hook in hooks:
+            tensors = hook(pipe, step, time, tensors)
         return tensors
 
     with _silence(), torch.inference_mode():
         result = run(
-            [request.prompt] * request.batch,
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator().manual_seed(max(seed, 0)) for seed in seeds],
             callback_on_step_end=after_step,
-            **(inputs or {}),
+            **given,
         )
     return result.images
 
