@@ -55,4 +55,4 @@ def page(
                 large = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
                 sheet.paste(large, (LABEL + column * step, top))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+    sheet.quantize(256).save(path, optimize=True)

@@ -33,14 +33,16 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "sun.png"
         bands(*COLOURS).save(picture)
+        style: dict[str, Any] = {"loras": [f"{lora}:0.9"]}
+        colours: dict[str, Any] = {"image": f"{picture}:0.8"}
+        pag: dict[str, Any] = {"pag": 3.0}
         parts: dict[str, dict[str, Any]] = {
             "nothing": {},
-            "--lora": {"loras": [f"{lora}:0.9"]},
-            "--image": {"image": f"{picture}:0.8"},
-            "--pag": {"pag": 3.0},
-        }
-        parts["all three"] = {
-            name: value for part in parts.values() for name, value in part.items()
+            "--lora": style,
+            "--image": colours,
+            "--pag": pag,
+            "lora, image": style | colours,
+            "all three": style | colours | pag,
         }
         rows = {name: drawn(**given) for name, given in parts.items()}
     page(out, PROMPTS, rows)
