@@ -22,6 +22,8 @@ __all__ = ["NPU", "STRICT", "XFORMERS", "XLA", "npu", "xformers", "xla"]
 _FLASH_TOKENS = 4096
 _ALL_TOKENS = 65536
 
+Partition = tuple[str | None, ...] | None
+
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, op: object = None) -> Tensor:
     """`xformers.ops.memory_efficient_attention`, by the operator `op` or its own choice."""
@@ -82,11 +84,7 @@ def npu_in_half(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 
 def xla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scoring: Scoring,
-    partition_spec: tuple[str | None, ...] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, partition_spec: Partition = None
 ) -> Tensor:
     """torch_xla's Pallas flash attention."""
     module = package("torch_xla.experimental.custom_kernel", "pip install torch_xla")
@@ -111,11 +109,7 @@ def xla(
 
 
 def xla_from_4096(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scoring: Scoring,
-    partition_spec: tuple[str | None, ...] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, partition_spec: Partition = None
 ) -> Tensor:
     """`xla` from 4096 tokens on; `sdpa` below, as diffusers' class has it."""
     if min(q.shape[2], k.shape[2]) >= _FLASH_TOKENS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,40 +80,16 @@ def _aligned(asked: Ask) -> str | None:
     return None
 
 
-_FLOATS = (*HALF, torch.float32)
 SDPA = Kernel("sdpa", sdpa, takes=Takes(dropout=True))
+_FUSED = Takes(devices=("cuda",), any_v=False, dropout=True, deterministic=False)
+_CUDNN = replace(_FUSED, dtypes=HALF, dims=(8, 128, 8), masks=KINDS - {"learned"})
+_EFFICIENT = replace(_FUSED, dtypes=(*HALF, torch.float32), any_v=True, also=_aligned)
 FLASH = Kernel(
     "flash_sdpa",
     pinned,
     (SDPBackend.FLASH_ATTENTION,),
-    takes=Takes(
-        devices=("cpu", "cuda"),
-        any_v=False,
-        dropout=True,
-        deterministic=False,
-        also=_flash,
-    ),
+    takes=replace(_FUSED, devices=("cpu", "cuda"), also=_flash),
 )
-CUDNN = Kernel(
-    "cudnn",
-    pinned,
-    (SDPBackend.CUDNN_ATTENTION, True),
-    takes=Takes(
-        devices=("cuda",),
-        dtypes=HALF,
-        dims=(8, 128, 8),
-        any_v=False,
-        masks=KINDS - {"learned"},
-        dropout=True,
-        deterministic=False,
-    ),
-)
-EFFICIENT = Kernel(
-    "efficient",
-    pinned,
-    (SDPBackend.EFFICIENT_ATTENTION, True),
-    takes=Takes(
-        devices=("cuda",), dtypes=_FLOATS, dropout=True, deterministic=False, also=_aligned
-    ),
-)
+CUDNN = Kernel("cudnn", pinned, (SDPBackend.CUDNN_ATTENTION, True), takes=_CUDNN)
+EFFICIENT = Kernel("efficient", pinned, (SDPBackend.EFFICIENT_ATTENTION, True), takes=_EFFICIENT)
 MATH = Kernel("math", pinned, (SDPBackend.MATH,), takes=Takes(dropout=True))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from attnproc.interop import put
 from attnproc.verify.references import reference
 from attnproc.verify.specs import Case, ModuleSpec, draw, fill, weight
 
@@ -106,7 +107,7 @@ def evaluate(setting: Setting, outputs: tuple[Tensor, ...], grads: bool = True) 
         ]
     ).sum()
     leaves = _leaves(setting)
-    values = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    values: list[Any] = list(torch.autograd.grad(loss, [*leaves.values()], allow_unused=True))
     pairs = zip(leaves.items(), values, strict=True)
     return Result(found, {n: torch.zeros_like(t) if g is None else g for (n, t), g in pairs})
 
@@ -137,8 +138,7 @@ def _mount(attn: nn.Module, processor: Any) -> None:
     if setter is not None:
         setter(processor)
         return
-    attn._modules.pop("processor", None)
-    attn.processor = processor
+    put(attn, processor)
 
 
 @torch.no_grad()

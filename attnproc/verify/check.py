@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo as dynamo  # pyright: ignore[reportPrivateUsage]
 from torch import Tensor
+from torch._dynamo.exc import Unsupported  # pyright: ignore[reportPrivateUsage]
 
 from attnproc.verify.build import Result, Setting, build, evaluate
 from attnproc.verify.naive import naive
@@ -176,13 +178,13 @@ def _spread(got: Tensor, want: Tensor) -> float:
 def graph_breaks(case: Case, own: bool = False) -> int:
     """In how many places torch.compile leaves the graph of this case: zero is one graph."""
     setting = build(case, "ours", torch.float32, own_modules=own)
-    torch._dynamo.reset()
+    dynamo.reset()
     try:
         run = torch.compile(_plain_call, backend="eager", fullgraph=True)
         got = run(setting)
-    except torch._dynamo.exc.Unsupported:
-        torch._dynamo.reset()
-        return max(1, torch._dynamo.explain(_plain_call)(setting).graph_break_count)
+    except Unsupported:
+        dynamo.reset()
+        return max(1, dynamo.explain(_plain_call)(setting).graph_break_count)
     if "train" not in case.setup:
         torch.testing.assert_close(got, _plain_call(setting), rtol=1e-4, atol=1e-5)
     return 0
