@@ -11,7 +11,6 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..types import Scoring
@@ -125,7 +124,7 @@ def package(module: str, install: str) -> ModuleType:
 
 
 # torch.compile traces no imports, but takes the answer that this one has been made.
-@torch.compiler.assume_constant_result
+@constant
 def _import(module: str, install: str) -> bool:
     try:
         importlib.import_module(module)
