@@ -55,8 +55,8 @@ def autotune(
     key_heads: KeyHeads = None,
     dtype: Dtype = "bfloat16",
     mask: Masks = "",
-    device: Hardware = None,
     backward: Backward = False,
+    device: Hardware = None,
     max_error: Annotated[
         float | None,
         typer.Option(help="Let quantised kernels win up to this relative error."),

@@ -26,13 +26,13 @@ __all__ = ["compare"]
 
 def compare(
     prompt: Prompt,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Where to write the sheet, a .png file.")
-    ] = Path("compare.png"),
+    processor: Processor = None,
     seed: Seed = 0,
     steps: Steps = 20,
     guidance: Guidance = 3.0,
-    processor: Processor = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where to write the sheet, a .png file.")
+    ] = Path("compare.png"),
     size: Size = 320,
     device: Device = "cpu",
 ) -> None:
