@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
@@ -18,25 +17,7 @@ from drawings import beside, bytes_of, critter
 from PIL import Image
 from sheets import before_and_after
 from torch import Tensor, nn
-from training import (
-    Batch,
-    Bf16,
-    Checkpointing,
-    Compiled,
-    Denoiser,
-    Out,
-    Rate,
-    Seed,
-    Settings,
-    Sheet,
-    Steps,
-    fit,
-    frozen,
-    latents,
-    summary,
-    texts,
-    trained,
-)
+from training import Denoiser, Settings, command, fit, frozen, latents, summary, texts, trained
 
 import attnproc
 from attnproc.app.demo import reference
@@ -58,30 +39,15 @@ PROMPTS = (
 )
 
 
-def main(
-    out: Out = Path("homie.safetensors"),
-    sheet: Sheet = None,
-    steps: Steps = 400,
-    batch: Batch = 8,
-    rate: Rate = 1e-3,
-    seed: Seed = 0,
-    bf16: Bf16 = False,
-    checkpointing: Checkpointing = False,
-    compiled: Compiled = False,
-    q_out: Annotated[
-        bool,
-        typer.Option("--q-out", help="Train queries and outputs too, not keys and values only."),
-    ] = False,
-) -> None:
+def teach(out: Path, sheet: Path | None, settings: Settings, *, q_out: bool = False) -> None:
     """Teach the demo model a character by Custom Diffusion."""
-    pipeline = frozen(seed)
+    pipeline = frozen(settings.seed)
     unet = pipeline.unet
     chosen = attnproc.on(unet, kind="cross").with_custom_diffusion(train_q_out=q_out)
     for _, attn in chosen.layers():
         as_they_are(attn)
     trained(unet, "_custom_diffusion.")
 
-    settings = Settings(steps, batch, rate, seed, bf16, checkpointing, compiled)
     losses = fit(Denoiser(unet), pipeline.scheduler, partial(draw, *pictures(pipeline)), settings)
     save_custom_diffusion(unet.half(), out)
     typer.echo(summary(out, losses))
@@ -125,6 +91,9 @@ def draw(clean: Tensor, text: Tensor, drawings: int, size: int) -> tuple[Tensor,
     known = torch.randint(drawings, len(clean), (size,))
     rows = torch.where(torch.rand(size) < 0.5, torch.randint(drawings, (size,)), known)
     return clean[rows], text[rows]
+
+
+main = command(teach, file="homie.safetensors", length=400, highest=1e-3)
 
 
 if __name__ == "__main__":

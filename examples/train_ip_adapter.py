@@ -18,25 +18,7 @@ from drawings import bands, bytes_of, critter
 from PIL import Image
 from sheets import page, painted
 from torch import Tensor, nn
-from training import (
-    Batch,
-    Bf16,
-    Checkpointing,
-    Compiled,
-    Denoiser,
-    Out,
-    Rate,
-    Seed,
-    Settings,
-    Sheet,
-    Steps,
-    fit,
-    frozen,
-    latents,
-    summary,
-    texts,
-    trained,
-)
+from training import Denoiser, Settings, command, fit, frozen, latents, summary, texts, trained
 
 import attnproc
 from attnproc.app.demo import model, reference
@@ -94,19 +76,9 @@ class Pictures:
         return pictures * glass
 
 
-def main(
-    out: Out = Path("image.safetensors"),
-    sheet: Sheet = None,
-    steps: Steps = 400,
-    batch: Batch = 16,
-    rate: Rate = 2e-3,
-    seed: Seed = 0,
-    bf16: Bf16 = False,
-    checkpointing: Checkpointing = False,
-    compiled: Compiled = False,
-) -> None:
+def teach(out: Path, sheet: Path | None, settings: Settings) -> None:
     """Train an image prompt for the demo model."""
-    pipeline = frozen(seed)
+    pipeline = frozen(settings.seed)
     unet = pipeline.unet
     width = unet.config.cross_attention_dim
     attnproc.on(unet, kind="cross").with_ip_adapter(width, TOKENS)
@@ -114,7 +86,6 @@ def main(
     trained(unet, "_ip.")
     projection = Projection(WIDTH, width, TOKENS)
 
-    settings = Settings(steps, batch, rate, seed, bf16, checkpointing, compiled, LOWEST)
     losses = fit(Denoiser(unet, projection), pipeline.scheduler, Pictures(pipeline).draw, settings)
     save_ip_adapter(unet.half(), out, projection.half().state_dict())
     typer.echo(summary(out, losses))
@@ -155,6 +126,9 @@ def as_for_words(unet: nn.Module) -> None:
         for ours, theirs in (("to_k_ip", attn.to_k), ("to_v_ip", attn.to_v)):
             for layer in getattr(attn.processor, ours, ()):
                 layer.weight.copy_(theirs.weight)
+
+
+main = command(teach, file="image.safetensors", length=400, pictures=16, lowest=LOWEST)
 
 
 if __name__ == "__main__":

@@ -14,25 +14,7 @@ from drawings import blueprint, bytes_of
 from PIL import Image
 from sheets import before_and_after
 from torch import Tensor
-from training import (
-    Batch,
-    Bf16,
-    Checkpointing,
-    Compiled,
-    Denoiser,
-    Out,
-    Rate,
-    Seed,
-    Settings,
-    Sheet,
-    Steps,
-    fit,
-    frozen,
-    latents,
-    summary,
-    texts,
-    trained,
-)
+from training import Denoiser, Settings, command, fit, frozen, latents, summary, texts, trained
 
 import attnproc
 from attnproc.app.demo import reference
@@ -45,24 +27,13 @@ RANK = 8
 PROMPTS = ("rocket", "owl", "guitar", "penguin", "castle", "mushroom")
 
 
-def main(
-    out: Out = Path("blueprint.safetensors"),
-    sheet: Sheet = None,
-    steps: Steps = 300,
-    batch: Batch = 8,
-    rate: Rate = 2e-3,
-    seed: Seed = 0,
-    bf16: Bf16 = False,
-    checkpointing: Checkpointing = False,
-    compiled: Compiled = False,
-) -> None:
+def teach(out: Path, sheet: Path | None, settings: Settings) -> None:
     """Teach the demo model a style by a LoRA."""
-    pipeline = frozen(seed)
+    pipeline = frozen(settings.seed)
     unet = pipeline.unet
     attnproc.on(unet).with_lora(NAME, rank=RANK)
     trained(unet, f"_{NAME}_lora.")
 
-    settings = Settings(steps, batch, rate, seed, bf16, checkpointing, compiled)
     losses = fit(Denoiser(unet), pipeline.scheduler, partial(draw, *pictures(pipeline)), settings)
     save_lora(unet.half(), out, NAME)
     typer.echo(summary(out, losses))
@@ -84,6 +55,9 @@ def draw(clean: Tensor, text: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """A batch of pictures with their words."""
     rows = torch.randint(len(clean), (size,))
     return clean[rows], text[rows]
+
+
+main = command(teach, file="blueprint.safetensors", length=300)
 
 
 if __name__ == "__main__":

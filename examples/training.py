@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnproc.app.demo import model
 
-__all__ = ["Denoiser", "Settings", "fit", "frozen", "latents", "summary", "trained"]
+__all__ = ["Denoiser", "Settings", "command", "fit", "frozen", "latents", "summary", "trained"]
 
 Out = Annotated[Path, typer.Option(help="The safetensors file to write.")]
 Sheet = Annotated[Path | None, typer.Option(help="Also draw before and after, into this PNG.")]
@@ -57,6 +57,44 @@ class Settings:
     checkpointing: bool = False
     compiled: bool = False
     lowest: int = 0
+
+
+def command(
+    teach: Callable[[Path, Path | None, Settings], None],
+    *,
+    file: str,
+    length: int,
+    pictures: int = 8,
+    highest: float = 2e-3,
+    lowest: int = 0,
+) -> Callable[..., None]:
+    """A command line for an example.
+
+    Args:
+        teach: What it does with the file to write, the sheet to draw, and the settings.
+        file: The file's name if none is given.
+        length: How many steps, if none are given.
+        pictures: How many pictures a step.
+        highest: The learning rate.
+        lowest: Noise steps below this one are left out.
+    """
+
+    def main(
+        out: Out = Path(file),
+        sheet: Sheet = None,
+        steps: Steps = length,
+        batch: Batch = pictures,
+        rate: Rate = highest,
+        seed: Seed = 0,
+        bf16: Bf16 = False,
+        checkpointing: Checkpointing = False,
+        compiled: Compiled = False,
+    ) -> None:
+        given = Settings(steps, batch, rate, seed, bf16, checkpointing, compiled, lowest)
+        teach(out, sheet, given)
+
+    main.__doc__ = teach.__doc__
+    return main
 
 
 class Denoiser(nn.Module):

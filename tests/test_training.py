@@ -131,7 +131,8 @@ def test_the_lora_in_generate_and_in_diffusers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("q_out", [False, True])
 def test_the_projections_in_generate_and_in_diffusers(q_out: bool, tmp_path: Path) -> None:
     out = tmp_path / "homie.bin"
-    train("train_custom_diffusion", out, q_out=q_out, rate=0.01)
+    settings = example("training").Settings(steps=2, batch=2, rate=0.01)
+    example("train_custom_diffusion").teach(out, None, settings, q_out=q_out)
     pipeline: Any = model.load()
     # diffusers 0.42 drops what it has read if it gets no pipeline.
     pipeline.unet.load_attn_procs(tmp_path, weight_name=out.name, _pipeline=pipeline)
@@ -187,7 +188,7 @@ def test_all_of_it_compiles_once() -> None:
         if ".up." in name:
             torch.nn.init.normal_(parameter, std=0.05)
     torch._dynamo.reset()
-    run = torch.compile(unet, backend="eager")
+    run = torch.compile(unet, backend="eager", fullgraph=True)
     context = (torch.randn(3, 24, 192), [torch.randn(3, 1, 4, 192)])
     noise = torch.randn(3, 12, 32, 32)
 
