@@ -76,6 +76,27 @@ def test_each_changes_the_picture(
     assert np.abs(made(tmp_path / "a.png", *options(folder, name)) - plain).max() > 8
 
 
+@pytest.mark.parametrize("channel", range(3))
+def test_a_picture_brings_its_colours(channel: int, tmp_path: Path) -> None:
+    given, out = tmp_path / "given.png", tmp_path / "a.png"
+    colour = [30, 30, 30]
+    colour[channel] = 220
+    Image.new("RGB", (16, 16), tuple(colour)).save(given)
+
+    done("generate", "cat", "-o", out, "--image", given, "--steps", "8", "--size", "64")
+
+    assert pixels(out).mean((0, 1)).argmax() == channel
+
+
+def test_the_character_that_ships(tmp_path: Path) -> None:
+    file = Path(__file__).parents[1] / "examples" / "weights" / "homie.safetensors"
+    sheet = ["--steps", "12", "--size", "64"]
+    done("generate", "homie", "-o", tmp_path / "a.png", "--custom", file, *sheet)
+    # Its teal body, where the word was a yellow face.
+    red, _, blue = pixels(tmp_path / "a.png")[36:54, 16:48].reshape(-1, 3).mean(0)
+    assert blue > red + 30
+
+
 def test_weights_of_zero_change_nothing(folder: Path, plain: np.ndarray, tmp_path: Path) -> None:
     off = ["--lora", f"{folder / 'style.safetensors'}:0", "--pag", "0"]
     off += ["--image", f"{folder / 'stripes.png'}:0"]
