@@ -41,24 +41,30 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
         x, context = enter(at, x, context)
 
     streams = recipe.project(at, x, context)
+    del x, context
     arranged = arrange(at, streams)
-
-    q, k, v = arranged.q, arranged.k, arranged.v
-    for edit in recipe.edits:
-        k, v = edit(at, arranged, k, v)
+    del streams
 
     kernel = choose(recipe.kernel, proc)
-    scoring = score(at, arranged)
-    o = _wrapped(kernel, recipe.around)(q, k, v, scoring)  # [B, H, Q, D]
-    if scoring.keep is not None:
-        o = o * scoring.keep[:, None, :, None]
-
     extra = None
     for prompt in recipe.prompts:
         more = prompt(at, arranged, kernel)
         extra = more if extra is None or more is None else extra + more
 
-    image, text, *rest = recipe.output(at, merge_heads(o), scoring.image, extra)
+    q, k, v = arranged.q, arranged.k, arranged.v
+    for edit in recipe.edits:
+        k, v = edit(at, arranged, k, v)
+    scoring = score(at, arranged)
+    # Large tensors go as soon as they are used up: this line sets the peak of memory.
+    del arranged
+    o = _wrapped(kernel, recipe.around)(q, k, v, scoring)  # [B, H, Q, D]
+    del q, k, v
+    if scoring.keep is not None:
+        o = o * scoring.keep[:, None, :, None]
+
+    o = merge_heads(o)
+    image, text, *rest = recipe.output(at, o, scoring.image, extra)
+    del o
     for leave in recipe.leaving:
         image, text = leave(at, image, text)
     return image if text is None else (image, text, *rest)
@@ -67,7 +73,7 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
 def score(at: Site, arranged: Arranged) -> Scoring:
     """The scoring of this call: settings of the module, then the mask."""
     attn, text_first = at.attn, at.recipe.text_first
-    length, text_keys = arranged.query.shape[1], arranged.text_keys
+    length, text_keys = arranged.length, arranged.text_keys
     plain = Scoring(
         causal=getattr(attn, "is_causal", False),
         scale=at.recipe.scale(at),

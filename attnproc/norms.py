@@ -14,36 +14,35 @@ from .types import QKV, Site, Streams
 __all__ = ["each_its_own", "one_for_both", "unnormed"]
 
 
-def each_its_own(at: Site, streams: Streams) -> Streams:
+def each_its_own(at: Site, streams: Streams) -> None:
     """`norm_q`, `norm_k` for the image; `norm_added_q`, `norm_added_k` for the text."""
-    image = _normed(at.attn, "norm_q", "norm_k", streams.image)
-    if streams.text is None:
-        return Streams(image)
-    return Streams(image, _normed(at.attn, "norm_added_q", "norm_added_k", streams.text))
+    _norm(at.attn, "norm_q", "norm_k", streams.image)
+    if streams.text is not None:
+        _norm(at.attn, "norm_added_q", "norm_added_k", streams.text)
 
 
-def one_for_both(at: Site, streams: Streams) -> Streams:
+def one_for_both(at: Site, streams: Streams) -> None:
     """`norm_q`, `norm_k` for image and text."""
-    image = _normed(at.attn, "norm_q", "norm_k", streams.image)
-    text = streams.text and _normed(at.attn, "norm_q", "norm_k", streams.text)
-    return Streams(image, text)
+    _norm(at.attn, "norm_q", "norm_k", streams.image)
+    if streams.text is not None:
+        _norm(at.attn, "norm_q", "norm_k", streams.text)
 
 
-def unnormed(at: Site, streams: Streams) -> Streams:
+def unnormed(at: Site, streams: Streams) -> None:
     """No norm."""
-    return streams
 
 
-def _normed(attn: Any, norm_q: str, norm_k: str, stream: QKV) -> QKV:
+def _norm(attn: Any, norm_q: str, norm_k: str, stream: QKV) -> None:
     of_q, of_k = getattr(attn, norm_q, None), getattr(attn, norm_k, None)
-    if of_q is None and of_k is None:
-        return stream
-    return QKV(_apply(of_q, stream.q), _apply(of_k, stream.k), stream.v)
+    if of_q is not None:
+        stream.q = _apply(of_q, stream.q)
+    if of_k is not None:
+        stream.k = _apply(of_k, stream.k)
 
 
-def _apply(norm: nn.Module | None, x: Tensor | None) -> Tensor | None:
+def _apply(norm: nn.Module, x: Tensor | None) -> Tensor | None:
     """The norm of ``[B, S, H, D]``, over ``D`` or over ``H*D``."""
-    if norm is None or x is None:
+    if x is None:
         return x
     heads, dim = x.shape[2:]
     if heads > 1 and _width(norm) == heads * dim:

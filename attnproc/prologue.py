@@ -6,6 +6,8 @@ kernel. This is the only place where a fused kernel may stand in for the compose
 
 from __future__ import annotations
 
+import copy
+
 from .shapes import head_dim, join, split_stream
 from .types import Arranged, Site, Streams
 
@@ -13,23 +15,27 @@ __all__ = ["arrange"]
 
 
 def arrange(at: Site, streams: Streams) -> Arranged:
-    """Makes the kernel's inputs ``[B, H, S, D]`` of the streams ``[B, S, H*D]``."""
+    """Makes the kernel's inputs ``[B, H, S, D]`` of the streams ``[B, S, H*D]``, using them up."""
     recipe, rotary = at.recipe, at.recipe.rotary
-    dim = head_dim(at.attn, streams.image.q)
-    image = split_stream(streams.image, dim)
-    text = None if streams.text is None else split_stream(streams.text, dim)
-    raw = image
+    image, text = streams
+    dim = head_dim(at.attn, image.q)
+    split_stream(image, dim)
+    if text is not None:
+        split_stream(text, dim)
+    length, text_keys = image.q.shape[1], 0 if text is None else text.k.shape[1]
 
-    image, text = recipe.norm(at, Streams(image, text))
-    query = image.q
+    raw = copy.copy(image) if recipe.prompts else None
+    recipe.norm(at, streams)
+    query = image.q if recipe.prompts else None
     if rotary is not None and rotary.over == "image":
-        image = rotary(at, image)
+        rotary(at, image)
 
-    both = join(Streams(image, text), recipe.text_first)
+    both = join(streams, recipe.text_first)
     if rotary is not None and rotary.over == "joint":
-        both = rotary(at, both)
+        rotary(at, both)
 
-    q, k, v = both
-    q, k = (t if t.dtype == v.dtype else t.to(v.dtype) for t in (q, k))
+    q, k, v = both.q, both.k, both.v
+    if q.dtype != v.dtype or k.dtype != v.dtype:
+        q, k = q.to(v.dtype), k.to(v.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return Arranged(q, k, v, raw, query, 0 if text is None else text.k.shape[1])
+    return Arranged(q, k, v, length, text_keys, raw, query)

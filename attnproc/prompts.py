@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .modules import RMSNorm
 from .schedules import amount, is_off
 from .shapes import merge_heads
-from .types import Arranged, KernelCall, Scoring, Site
+from .types import QKV, Arranged, KernelCall, Scoring, Site
 
 __all__ = ["decoupled", "joint_decoupled", "mount_joint_prompt", "mount_prompts", "region"]
 
@@ -68,7 +68,7 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
         return None
     scales, masks = _checked(states, proc.scale, at.call.ip_masks)
 
-    q = arranged.query.transpose(1, 2)  # [B, H, S, D]
+    q = cast("Tensor", arranged.query).transpose(1, 2)  # [B, H, S, D]
     branches: dict[int, list[Branch]] = {}
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):
@@ -82,7 +82,7 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     )
     for alike in branches.values():
         total = total + _attended(alike, q, kernel, scoring)
-    return total.expand(*arranged.query.shape[:2], q.shape[1] * q.shape[3])
+    return total.expand(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
 
 
 class Branch(NamedTuple):
@@ -239,12 +239,13 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
         raise ValueError("temb is None: the image prompt's norm needs the timestep embedding")
 
     normed = proc.norm_ip(states, temb=at.call.temb)
-    q = proc.norm_q(arranged.raw.q.transpose(1, 2))  # [B, H, S, D]
-    k = proc.norm_k(arranged.raw.k.transpose(1, 2))
+    raw = cast("QKV", arranged.raw)
+    q = proc.norm_q(raw.q.transpose(1, 2))  # [B, H, S, D]
+    k = proc.norm_k(raw.k.transpose(1, 2))
     more_k, more_v = (_keys(layer, normed, q) for layer in (proc.to_k_ip, proc.to_v_ip))
 
     k = torch.cat((k, proc.norm_ip_k(more_k)), dim=2)
-    v = torch.cat((arranged.raw.v.transpose(1, 2), more_v), dim=2)
+    v = torch.cat((raw.v.transpose(1, 2), more_v), dim=2)
     o = amount(proc.scale) * merge_heads(kernel(q, k, v, Scoring(scale=at.recipe.scale(at))))
     mask = _only_mask(at.call.ip_masks)
     return o if mask is None else o * _regions(mask, q)[0]

@@ -35,33 +35,29 @@ class Rotary:
     keys: Literal["always", "self", "own"] = "self"
     queries: Literal["always", "self"] = "always"
 
-    def __call__(self, at: Site, stream: QKV) -> QKV:
-        """The stream ``[B, S, H, D]`` with queries and keys rotated."""
+    def __call__(self, at: Site, stream: QKV) -> None:
+        """Rotates queries and keys of the stream ``[B, S, H, D]``."""
         cross = getattr(at.attn, "is_cross_attention", False)
         rope = at.call.rope
         key_rope = at.call.key_rope if self.keys == "own" else rope
-        q, k = stream.q, stream.k
         if rope is not None and not (cross and self.queries == "self"):
-            q = self.form(q, rope)
+            stream.q = self.form(stream.q, rope)
         if key_rope is not None and not (cross and self.keys == "self"):
-            k = self.form(k, key_rope)
-        return QKV(q, k, stream.v)
+            stream.k = self.form(stream.k, key_rope)
 
 
 def pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Neighbouring channels; `table` is cos and sin ``[S, D]`` (CogVideoX, Flux, Hunyuan-DiT)."""
-    wide = _wide(x)
-    real, imag = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    return _turn(x, wide, torch.stack((-imag, real), dim=-1).flatten(-2), table)
+    real, imag = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return _turn(x, torch.stack((-imag, real), dim=-1).flatten(-2), table)
 
 
 def halves(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Channel i with i + R/2, in the first R; cos and sin are ``[S, R]`` (Stable Audio)."""
     turned = table[0].shape[-1]
     head, rest = x[..., :turned], x[..., turned:]
-    wide = _wide(head)
-    real, imag = wide.chunk(2, dim=-1)
-    head = _turn(x, wide, torch.cat((-imag, real), dim=-1), table)
+    real, imag = head.chunk(2, dim=-1)
+    head = _turn(head, torch.cat((-imag, real), dim=-1), table)
     return torch.cat((head, rest), dim=-1) if rest.shape[-1] else head
 
 
@@ -98,7 +94,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _turn(x: Tensor, wide: Tensor, quarter: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """`wide` turned by the table's angles, given what a quarter turn makes of it."""
+def _turn(x: Tensor, quarter: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """`x` turned by the table's angles, given what a quarter turn makes of it."""
     cos, sin = (part.to(x.device).unsqueeze(-2) for part in table)
-    return (wide * cos + quarter * sin).to(x.dtype)
+    turned = _wide(x) * cos
+    # In place of a third wide tensor; the products' gradients need only their factors.
+    turned += _wide(quarter) * sin
+    return turned.to(x.dtype)

@@ -32,9 +32,11 @@ def split_heads(x: Tensor | None, dim: int) -> Tensor | None:
     return x if x is None or x.ndim == 4 else x.unflatten(-1, (-1, dim))
 
 
-def split_stream(stream: QKV, dim: int) -> QKV:
+def split_stream(stream: QKV, dim: int) -> None:
     """`split_heads` of all three; keys and values may have fewer heads than queries."""
-    return QKV(split_heads(stream.q, dim), split_heads(stream.k, dim), split_heads(stream.v, dim))
+    stream.q = split_heads(stream.q, dim)
+    stream.k = split_heads(stream.k, dim)
+    stream.v = split_heads(stream.v, dim)
 
 
 def merge_heads(o: Tensor) -> Tensor:
@@ -43,13 +45,16 @@ def merge_heads(o: Tensor) -> Tensor:
 
 
 def join(streams: Streams, text_first: bool) -> QKV:
-    """One sequence of both streams, along the token axis of ``[B, S, H, D]``."""
-    if streams.text is None:
-        return streams.image
-    first, last = streams.image, streams.text
-    if text_first:
-        first, last = last, first
-    return QKV(*(_cat(a, b) for a, b in zip(first, last, strict=True)))
+    """One sequence of both streams, along the token axis of ``[B, S, H, D]``, using them up."""
+    image, text = streams
+    if text is None:
+        return image
+    first, last = (text, image) if text_first else (image, text)
+    both = QKV(None, None, None)
+    both.q, first.q, last.q = _cat(first.q, last.q), None, None
+    both.k, first.k, last.k = _cat(first.k, last.k), None, None
+    both.v, first.v, last.v = _cat(first.v, last.v), None, None
+    return both
 
 
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -40,11 +40,13 @@ __all__ = [
 ]
 
 
-class QKV(NamedTuple):
+@dataclass(slots=True)
+class QKV:
     """Queries, keys and values of one stream, ``[B, S, H*D]`` or, split, ``[B, S, H, D]``.
 
     Each is a tensor, or None in a stream that lacks queries (added keys and values) or keys and
-    values (only cross attention).
+    values (only cross attention). The steps of the prologue overwrite them, so that a large tensor
+    lives no longer than its next form.
     """
 
     q: Any
@@ -94,12 +96,14 @@ class Arranged(NamedTuple):
     k: Tensor
     """``[B, H', K, D]`` with ``H'`` dividing ``H``; so is `v`."""
     v: Tensor
-    raw: QKV
-    """The image stream ``[B, S, H, D]`` before norms and rotary embedding."""
-    query: Tensor
-    """The image queries ``[B, S, H, D]`` after their norm, before rotary embedding."""
+    length: int
+    """How many of the queries are the image's."""
     text_keys: int
     """How many of the keys are text that was joined to the image."""
+    raw: QKV | None = None
+    """For image prompts: the image stream ``[B, S, H, D]`` before norms and rotary embedding."""
+    query: Tensor | None = None
+    """For image prompts: the image's queries ``[B, S, H, D]`` normed, before rotary embedding."""
 
 
 class Keys(NamedTuple):
@@ -228,7 +232,7 @@ class FrameStep(Protocol):
 
 LinearPart = Callable[[Site, str, Tensor, "Tensor | None"], "Tensor | None"]
 ProjectPart = Callable[[Site, Tensor, "Tensor | None"], Streams]
-NormPart = Callable[[Site, Streams], Streams]
+NormPart = Callable[[Site, Streams], None]
 EditPart = Callable[[Site, Arranged, Tensor, Tensor], tuple[Tensor, Tensor]]
 MaskPart = Callable[[Site, Arranged, Scoring], Scoring]
 ScalePart = Callable[[Site], "float | Tensor | None"]

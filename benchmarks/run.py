@@ -22,8 +22,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cases import ROWS, Row, Setting, make
 from rich.progress import track
+from rows import ROWS, Row, Setting, make
 from torch import Tensor
 
 import attnproc

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..types import AroundPart, Bias, KernelCall, Keys, Mask, Scoring
 from .reference import expand_heads, masked_softmax
-from .visible import OfHeads, OfRows, dense_mask
+from .visible import OfRows, dense_mask
 
 __all__ = ["Perturbed", "Sliced", "identity"]
 
 
 @dataclass(frozen=True)
 class Sliced:
-    """Computes a few heads at a time, counted over batch and heads.
+    """Computes a few heads of one row of the batch at a time, on views.
 
     Args:
         size: How many heads.
@@ -30,25 +30,25 @@ class Sliced:
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
         batch, heads = q.shape[:2]
-        q, k, v = (expand_heads(t, q).flatten(0, 1)[:, None] for t in (q, k, v))
+        k, v = expand_heads(k, q), expand_heads(v, q)
         parts: list[Tensor] = []
-        for start in range(0, batch * heads, self.size):
-            stop = min(start + self.size, batch * heads)
-            mask = _of_heads(scoring.mask, range(start, stop), heads)
-            mods = tuple(OfHeads(mod, start, heads) for mod in scoring.mods)
-            some = scoring._replace(mask=mask, mods=mods)
-            parts.append(kernel(q[start:stop], k[start:stop], v[start:stop], some))
-        return torch.cat(parts)[:, 0].unflatten(0, (batch, heads))
+        for row in range(batch):
+            for head in range(0, heads, self.size):
+                part = slice(row, row + 1), slice(head, head + self.size)
+                mods = tuple(OfRows(mod, row, head) for mod in scoring.mods)
+                some = scoring._replace(mask=_part(scoring.mask, *part), mods=mods)
+                parts.append(kernel(q[part], k[part], v[part], some))
+        return torch.cat(parts, dim=1).unflatten(1, (batch, heads))[0]
 
 
-def _of_heads(mask: Mask | None, flat: range, heads: int) -> Mask | None:
-    """The rows of a mask for heads counted over batch and heads."""
+def _part(mask: Mask | None, rows: slice, heads: slice) -> Mask | None:
+    """A mask for a part of the batch and of the heads; axes of size 1 stay."""
     if mask is None:
         return None
-    values = mask.valid[:, None, None] if isinstance(mask, Keys) else mask.values
-    rows = [i // heads if values.shape[0] > 1 else 0 for i in flat]
-    cols = [i % heads if values.shape[1] > 1 else 0 for i in flat]
-    return Bias(values[rows, cols][:, None])
+    rows = rows if mask[0].shape[0] > 1 else slice(None)
+    if isinstance(mask, Keys):
+        return Keys(mask.valid[rows])
+    return Bias(mask.values[rows, heads if mask.values.shape[1] > 1 else slice(None)])
 
 
 def identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:

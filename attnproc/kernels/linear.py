@@ -19,12 +19,17 @@ __all__ = ["RELU_ADAPTIVE", "RELU_LINEAR", "relu_adaptive", "relu_linear"]
 
 def relu_linear(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """Weights ``relu(q) relu(k)`` over their sum, in O(tokens), computed in float32."""
-    dtype = v.dtype
-    q, k, v = (_at_least_single(t) for t in (q, expand_heads(k, q), expand_heads(v, q)))
-    q, k = F.relu(q), _weighted(F.relu(k), scoring)
-    state = k.transpose(-1, -2) @ F.pad(v, (0, 1), value=1.0)  # [B, H, D, D + 1]
-    o = q @ state
-    return (o[..., :-1] / (o[..., -1:] + scoring.eps)).to(dtype)
+    # Each wide copy goes before the next comes: they set the peak of memory.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys = _weighted(F.relu(expand_heads(k, q)).to(wide), scoring)
+    state = keys.transpose(-1, -2) @ expand_heads(v, q).to(wide)  # [B, H, D, D]
+    total = keys.sum(dim=-2).unsqueeze(-1)  # [B, H, D, 1]
+    del keys
+    queries = F.relu(q).to(wide)
+    o, norm = queries @ state, queries @ total + scoring.eps
+    del queries
+    o = o / norm
+    return o.to(v.dtype)
 
 
 def relu_adaptive(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:

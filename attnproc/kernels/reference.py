@@ -27,8 +27,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     The scores have the input's dtype (float32 as `scoring` asks), as eager attention has them.
     Queries with nothing to attend to give zeros.
     """
-    scores = _scores(q, k, scoring)
-    weights = masked_softmax(scores, dense_mask(scoring, q, k)).to(q.dtype)
+    # The scores live no longer than the softmax.
+    weights = masked_softmax(_scores(q, k, scoring), dense_mask(scoring, q, k)).to(q.dtype)
     if scoring.dropout:
         weights = F.dropout(weights, scoring.dropout)
     return weights @ expand_heads(v, q)
@@ -43,7 +43,8 @@ def reference_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Te
 def _scores(q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
     k = expand_heads(k, q)
     qk = (q.float(), k.float()) if scoring.upcast_qk else (q, k)
-    scores = (qk[0] @ qk[1].transpose(-1, -2)) * factor(q, scoring)
+    scores, scale = qk[0] @ qk[1].transpose(-1, -2), factor(q, scoring)
+    scores = scores * scale if isinstance(scale, Tensor) else scores.mul_(scale)
     return scores.float() if scoring.upcast_softmax else scores
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..types import Keys, MaskMod, Scoring
 
 __all__ = [
-    "OfHeads",
     "OfRows",
     "dense_mask",
     "filled",
@@ -91,34 +90,17 @@ def filled(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class OfRows:
-    """A function of positions for a part of the batch.
+    """A function of positions for a part of the batch, or of the heads.
 
     Args:
-        mod: The function for the whole batch.
+        mod: The function for all of it.
         start: The first row of the part.
+        head: The first head of the part.
     """
 
     mod: MaskMod
     start: int
+    head: int = 0
 
     def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return self.mod(b + self.start, h, i, j)
-
-
-@dataclass(frozen=True)
-class OfHeads:
-    """A function of positions for some heads, counted over the batch, as rows of one head.
-
-    Args:
-        mod: The function for all of them.
-        start: The first of the heads.
-        heads: How many heads a row of the batch has.
-    """
-
-    mod: MaskMod
-    start: int
-    heads: int
-
-    def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        flat = b + self.start
-        return self.mod(flat // self.heads, flat % self.heads, i, j)
+        return self.mod(b + self.start, h + self.head, i, j)

@@ -57,7 +57,8 @@ def make(row: Row, device: str, dtype: torch.dtype, shrink: int = 1) -> Setting:
     torch.manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
+        # Made on the CPU: a graph that can't be captured leaves the GPU's generator unusable.
+        return torch.randn(shape).to(device, dtype)
 
     x = _shrunk(row.x, shrink)
     inputs: dict[str, Any] = {"hidden_states": random(*x)}
@@ -66,8 +67,7 @@ def make(row: Row, device: str, dtype: torch.dtype, shrink: int = 1) -> Setting:
     tokens = x[1] if len(x) == 3 else x[2] * x[3]
     if row.more is not None:
         inputs |= row.more(tokens, random)
-    with torch.device(device):
-        attn = _module(row).to(dtype).eval()
+    attn = _module(row).to(device, dtype).eval()
     if row.fuse:
         attn.fuse_projections()
     return Setting(row, attn, inputs)
@@ -206,7 +206,7 @@ ROWS = [
             residual_connection=True,
             cross_attention_dim=768,
         ),
-    ),  # fmt: skip
+    ),
     Row("sd15-cross-frame-8x4096", "CrossFrameAttnProcessor", (16, 1024, 320), module=_SD15),
     Row(
         "sdxl-pagcfg-self-4096", "PAGCFGIdentitySelfAttnProcessor2_0", (3, 4096, 640), module=_SDXL
