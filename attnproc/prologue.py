@@ -6,10 +6,8 @@ kernel. This is the only place where a fused kernel may stand in for the compose
 
 from __future__ import annotations
 
-import copy
-
 from .shapes import head_dim, join, split_stream
-from .types import Arranged, Site, Streams
+from .types import QKV, Arranged, Site, Streams
 
 __all__ = ["arrange"]
 
@@ -24,7 +22,7 @@ def arrange(at: Site, streams: Streams) -> Arranged:
         split_stream(text, dim)
     length, text_keys = image.q.shape[1], 0 if text is None else text.k.shape[1]
 
-    raw = copy.copy(image) if recipe.prompts else None
+    raw = QKV(image.q, image.k, image.v) if recipe.prompts else None
     recipe.norm(at, streams)
     query = image.q if recipe.prompts else None
     if rotary is not None and rotary.over == "image":

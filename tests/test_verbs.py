@@ -109,7 +109,7 @@ def test_prompts_with_equally_many_tokens_take_one_kernel_call() -> None:
     expected = processor(attn, X, (text, states), ip_adapter_masks=masks)
     found = processor.but(kernel=kernel)(attn, X, (text, states), ip_adapter_masks=masks)
     torch.testing.assert_close(found, expected)
-    assert [shape[0] for shape in calls] == [2, 4 * 2, 2]
+    assert sorted(shape[0] for shape in calls) == [2, 2, 4 * 2]
 
 
 def test_a_mask_keeps_a_prompt_to_its_region_in_joint_sequences() -> None:
