@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from kernel_cases import check, draw_case  # noqa: E402
 
+import attnproc  # noqa: E402
 from attnproc.kernels import (  # noqa: E402
     FLEX,
     Kernel,
@@ -217,14 +218,18 @@ def main() -> None:
     asked = ask(probe, probe, probe, Scoring())
     kernels = (kernel for kernel in registered().values() if kernel != FLEX)
     usable = [kernel for kernel in kernels if not why_not(kernel.takes, asked)]
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__}
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "device": name,
+        "versions": {"torch": torch.__version__, "attnproc": attnproc.__version__},
+    }
     parts: dict[str, Callable[[], Any]] = {
         "empty_rows": lambda: empty_rows(device),
-        "property": lambda: property_test(usable, device, seconds * 0.35),
-        "memory": lambda: memory(device, seconds * 0.3, options.tiny),
+        "property": lambda: property_test(usable, device, seconds * 0.6),
+        "memory": lambda: memory(device, seconds * 0.25, options.tiny),
         # Every shape is a compilation, so few of them.
         "flex": lambda: property_test(
-            [named("flex")], device, seconds * 0.35, size=160, dims=(16, 64, 128)
+            [named("flex")], device, seconds * 0.15, size=160, dims=(16, 64, 128)
         ),
     }
     folder = ROOT / "benchmarks" / "results"

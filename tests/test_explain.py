@@ -90,7 +90,7 @@ def test_rules_by_kind_of_call() -> None:
         return _by_rule(asked).name
 
     assert picked("") == picked("causal") == picked("bias") == picked("dense") == "sdpa"
-    assert picked("keys") == "varlen"
+    assert picked("keys") == "sdpa"
     assert picked("keys", 77) == picked("keys", dtype=torch.float32) == "sdpa"
     assert picked("causal keys") == picked("blocks") == "flex"
     assert picked("window") == "varlen"

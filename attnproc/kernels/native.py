@@ -13,7 +13,7 @@ from ..types import Scoring
 from .base import Kernel
 from .reference import expand_heads
 from .takes import HALF, KINDS, Ask, Takes
-from .visible import dense_mask, filled
+from .visible import dense_mask
 
 __all__ = ["CUDNN", "EFFICIENT", "FLASH", "MATH", "SDPA", "only_causal", "sdpa"]
 
@@ -25,13 +25,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         q, scale = q * scale.to(q.dtype), 1.0
     plain = only_causal(scoring)
     mask = None if plain else dense_mask(scoring, q, k)
-    some = None
-    # On a CPU rows without a key are zero as they are; fused kernels elsewhere differ.
-    if mask is not None and q.device.type != "cpu":
-        mask, some = filled(mask)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    o = F.scaled_dot_product_attention(
+    elif mask is not None and q.device.type != "cpu":
+        # Of torch's kernels cuDNN alone makes NaN of a row without keys, and only of a bool mask.
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(
         q,
         k,
         v,
@@ -41,7 +40,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return o if some is None else o.masked_fill(~some, 0.0)
 
 
 def only_causal(scoring: Scoring) -> bool:
@@ -80,9 +78,13 @@ def _aligned(asked: Ask) -> str | None:
     return None
 
 
+def _many_keys(asked: Ask) -> str | None:
+    return "1 key: it needs more" if asked.keys == 1 else None
+
+
 SDPA = Kernel("sdpa", sdpa, takes=Takes(dropout=True))
 _FUSED = Takes(devices=("cuda",), any_v=False, dropout=True, deterministic=False)
-_CUDNN = replace(_FUSED, dtypes=HALF, dims=(8, 128, 8), masks=KINDS - {"learned"})
+_CUDNN = replace(_FUSED, dtypes=HALF, dims=(8, 128, 8), masks=KINDS - {"learned"}, also=_many_keys)
 _EFFICIENT = replace(_FUSED, dtypes=(*HALF, torch.float32), any_v=True, also=_aligned)
 FLASH = Kernel(
     "flash_sdpa",
