@@ -59,7 +59,9 @@ def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
 
 def dropout(at: Site, x: Tensor) -> Tensor:
     """The dropout that comes with the output projection in use."""
-    layers = getattr(at.proc, "to_out_custom_diffusion", at.attn.to_out)
+    layers = at.attn.to_out
+    if at.recipe.linears[0] is not module_linear:
+        layers = getattr(at.proc, "to_out_custom_diffusion", layers)
     return layers[1](x) if len(layers) > 1 else x
 
 

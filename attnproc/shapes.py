@@ -29,7 +29,7 @@ def head_dim(attn: Any, q: Tensor) -> int:
 
 def split_heads(x: Tensor | None, dim: int) -> Tensor | None:
     """``[B, S, H*D]`` to ``[B, S, H, D]``; what is split already stays."""
-    return x if x is None or x.ndim == 4 else x.unflatten(-1, (-1, dim))
+    return x if x is None or x.ndim == 4 else x.view(x.shape[0], x.shape[1], -1, dim)
 
 
 def split_stream(stream: QKV, dim: int) -> None:
