@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import attnproc
-from attnproc import Processor
+from attnproc import Processor, pack, unpack
 from attnproc.capture import Capture, Maps
 from attnproc.on import kind_of
 from attnproc.verify.build import Setting, build
@@ -179,6 +179,22 @@ def test_a_part_on_a_class(name: str, part: str) -> None:
             assert off.recipe == plain.recipe
             assert off.state_dict().keys() == plain.state_dict().keys()
             _close(_run(setting, off, setting.inputs), base, exact=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_projections_under_a_class(name: str) -> None:
+    setting = _setting(name)
+    with torch.no_grad():
+        base = _run(setting, setting.processor, setting.inputs)
+        # A fused module has one product already.
+        if getattr(setting.attn, "fused_projections", False):
+            with pytest.raises(ValueError, match="fused"):
+                pack(setting.attn)
+            return
+        pack(setting.attn)
+        _close(_run(setting, setting.processor, setting.inputs), base, exact=False)
+        unpack(setting.attn)
+        _close(_run(setting, setting.processor, setting.inputs), base, exact=True)
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(PART, 2)), ids="-".join)
