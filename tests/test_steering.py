@@ -67,7 +67,7 @@ def joint_scoring(where: str) -> Scoring:
 def weighted(part: WordWeights, v: Tensor, text_first: bool, text: int, context: bool) -> Tensor:
     recipe = attnproc.AttnProcessor2_0().recipe.but(text_first=text_first)
     call = Call(v, context=v if context else None)
-    arranged = Arranged(v, v, v, None, None, text)
+    arranged = Arranged(v, v, v, length=v.shape[2], text_keys=text)
     return part(Site(recipe, None, None, call), arranged, v, v)[1]
 
 
