@@ -11,11 +11,23 @@ from torch import Tensor
 
 from .types import KernelCall, Scoring
 
-__all__ = ["BlurredMap", "blurred"]
+__all__ = ["Blur", "BlurredMap", "blurred"]
 
 
 @dataclass(frozen=True)
-class BlurredMap:
+class Blur:
+    """A blur over the grid of the image's tokens: `sigma` tokens wide, `aspect` high to wide."""
+
+    sigma: float = 1.0
+    aspect: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sigma <= 0:
+            raise ValueError(f"sigma is {self.sigma}, possible are numbers above 0")
+
+
+@dataclass(frozen=True)
+class BlurredMap(Blur):
     """Attention whose map is blurred over the queries' grid by a Gaussian.
 
     A blur over queries commutes with the values, so the result is blurred in place of the map.
@@ -27,13 +39,6 @@ class BlurredMap:
 
     Source: https://arxiv.org/abs/2210.00939
     """
-
-    sigma: float = 1.0
-    aspect: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.sigma <= 0:
-            raise ValueError(f"sigma is {self.sigma}, possible are numbers above 0")
 
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring

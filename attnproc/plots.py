@@ -142,8 +142,9 @@ def overlay(
     from matplotlib import colormaps
 
     weight = np.asarray(weight, dtype=np.float32)
-    low, high = weight.min() if low is None else low, weight.max() if high is None else high
-    scaled = Image.fromarray((weight - low) / ((high - low) or 1.0))
+    least = float(weight.min()) if low is None else low
+    most = float(weight.max()) if high is None else high
+    scaled = Image.fromarray((weight - least) / ((most - least) or 1.0))
     heat = np.asarray(scaled.resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     grey = np.asarray(_large(picture, size).convert("L"), dtype=np.float32)[..., None]
     under = (80 + grey) / 335

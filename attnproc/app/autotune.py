@@ -56,11 +56,11 @@ def autotune(
     dtype: Dtype = "bfloat16",
     mask: Masks = "",
     backward: Backward = False,
-    device: Hardware = None,
     max_error: Annotated[
         float | None,
         typer.Option(help="Let quantised kernels win up to this relative error."),
     ] = None,
+    device: Hardware = None,
     file: Annotated[Path | None, typer.Option(help="The table; the usual one if none.")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time for each kernel.")] = 0.2,
 ) -> None:

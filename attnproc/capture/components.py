@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..kernels.reference import expand_heads
 from ..places import grid_of, sides
 from ..rows import part_rows, rows_from, take
 from ..types import KernelCall, Scoring
-from .recorder import record, ticket_for
+from .recorder import Recorder, record
 from .weights import weights
 from .within import wrapped
 
@@ -69,17 +69,10 @@ class Components:
 
 
 @dataclass(frozen=True)
-class _Keep:
+class _Keep(Recorder):
     found: Components
+    """Where queries and keys are kept."""
     layer: str
-    ticket: Tensor = field(init=False, repr=False, compare=False)
-    name: ClassVar[str] = "capture"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ticket", ticket_for(self))
-
-    def __reduce__(self) -> Any:
-        return _Keep, (self.found, self.layer)
 
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
@@ -168,7 +161,8 @@ def principal(q: Tensor, k: Tensor, scoring: Scoring, count: int) -> tuple[Tenso
 
 def _first_moments(q: Tensor, k: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """The map's mean row ``[B, 1, K]``, and the sum of squares about it ``[B]``."""
-    rows, squares = 0.0, 0.0
+    rows: Any = 0.0
+    squares: Any = 0.0
     for part in weights(q, k, scoring):
         mean = part.mean(dim=1)
         rows = rows + mean.sum(dim=1, keepdim=True)

@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -158,17 +158,17 @@ class Maps:
         scoring = scoring_of(scoring, rows, q.shape[0])
         q, k = rows_from(q.detach(), rows), rows_from(k.detach(), rows)
         lse = None if lse is None else rows_from(lse.detach(), rows)
-        rooms = sides(self.slab, scoring, q.shape[2], k.shape[2])
+        rooms = sides(cast("Any", self.slab), scoring, q.shape[2], k.shape[2])
         queries = positions(self._rows, rooms[0], self.aspect, "regions")
         cols = positions(self._cols, rooms[1], self.aspect, "words")
-        chosen = [
+        of_q, of_k = (
             room if groups is None else [i for group in groups for i in group]
             for groups, room in zip((queries, cols), rooms, strict=True)
-        ]
+        )
         parts = (
-            linear_weights(q, k, scoring, *chosen)
+            linear_weights(q, k, scoring, of_q, of_k)
             if linear
-            else weights(q, k, scoring, *chosen, lse)
+            else weights(q, k, scoring, of_q, of_k, lse)
         )
         found = torch.cat([_joined(self._of_heads(part), cols) for part in parts], dim=-2)
         if queries is None:
@@ -186,11 +186,11 @@ class Maps:
         self.calls[layer] = self.calls.get(layer, 0) + 1
 
     @property
-    def _rows(self) -> dict[str, list[int]] | None:
+    def _rows(self) -> dict[str, Any] | None:
         return self.keys if self.slab.startswith("text") else self.regions
 
     @property
-    def _cols(self) -> dict[str, list[int]] | None:
+    def _cols(self) -> dict[str, Any] | None:
         return self.regions if self.slab == "text-image" else self.keys
 
     @property
@@ -199,7 +199,7 @@ class Maps:
         return self.slab == "text-image" or (self._rows is not None and self._cols is None)
 
     @property
-    def _labels(self) -> dict[str, list[int]] | None:
+    def _labels(self) -> dict[str, Any] | None:
         return self._rows if self._over_keys else self._cols
 
     def _of_heads(self, part: Tensor) -> Tensor:
@@ -217,8 +217,8 @@ class Maps:
     def _of(self, layers: str, tokens: int | None, step: int | None) -> list[Tensor]:
         """Mean weights over calls of the layers that fit."""
         axis = -1 if self._over_keys else -2
-        found = [
-            sum(kept) / self.calls[path] if step is None else kept[step]
+        found: list[Tensor] = [
+            torch.stack(kept).sum(dim=0) / self.calls[path] if step is None else kept[step]
             for path, kept in self.taken.items()
             if fnmatch.fnmatchcase(path, layers) and tokens in (None, kept[0].shape[axis])
         ]

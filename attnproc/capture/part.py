@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch import Tensor
 from ..kernels import Kernel
 from ..types import KernelCall, Scoring
 from .maps import Maps
-from .recorder import record, ticket_for
+from .recorder import Recorder, record
 
 __all__ = ["Capture"]
 
 
 @dataclass(frozen=True)
-class Capture:
+class Capture(Recorder):
     """Records the weights of chosen queries and keys beside the kernel call.
 
     As the outermost wrapper it sees the whole batch and all heads: what slicing or perturbation
@@ -31,14 +31,6 @@ class Capture:
 
     maps: Maps
     layer: str
-    ticket: Tensor = field(init=False, repr=False, compare=False)
-    name: ClassVar[str] = "capture"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ticket", ticket_for(self))
-
-    def __reduce__(self) -> Any:
-        return Capture, (self.maps, self.layer)
 
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring

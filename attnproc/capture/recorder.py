@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Taker", "record", "ticket_for"]
+__all__ = ["Recorder", "Taker", "record", "ticket_for"]
 
 
 class Taker(Protocol):
@@ -35,6 +36,24 @@ def ticket_for(taker: Taker) -> Tensor:
     number = next(_NUMBERS)
     _TAKERS[number] = taker
     return torch.tensor([number, 0])
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Base of the parts that record beside the kernel call: the outermost of the wrappers.
+
+    Attributes:
+        ticket: What compiled code records by.
+    """
+
+    ticket: Tensor = field(init=False, repr=False, compare=False)
+    name: ClassVar[str] = "capture"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ticket", ticket_for(cast("Any", self)))
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, f.name) for f in fields(self) if f.init)
 
 
 @torch.library.custom_op("attnproc::record", mutates_args=("ticket",), tags=_TAGS)

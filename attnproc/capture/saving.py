@@ -35,7 +35,8 @@ def save(maps: Maps, path: Path) -> None:
     if path.suffix == ".npz":
         import numpy as np
 
-        np.savez_compressed(path, meta=meta, **{k: t.numpy() for k, t in arrays.items()})
+        named: dict[str, Any] = {"meta": meta, **{k: t.numpy() for k, t in arrays.items()}}
+        np.savez_compressed(path, **named)
     elif path.suffix == ".safetensors":
         from safetensors.torch import save_file
 

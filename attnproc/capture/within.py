@@ -68,16 +68,8 @@ def capture(
         ValueError: No layer matches, or a matching layer's processor is not ours.
     """
     slab = slab or ("image-image" if kind == "self" else "image-text")
-    maps = Maps(
-        words,
-        part,
-        regions=regions,
-        slab=slab,
-        steps=steps,
-        each_step=each_step,
-        heads=heads,
-        aspect=aspect,
-    )
+    chosen: dict[str, Any] = {"regions": regions, "slab": slab, "steps": steps, "heads": heads}
+    maps = Maps(words, part, each_step=each_step, aspect=aspect, **chosen)
     with wrapped(model, layers, kind, lambda path: Capture(maps, path)):
         yield maps
 

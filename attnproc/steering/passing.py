@@ -15,6 +15,7 @@ def unobserved(kernel: KernelCall) -> KernelCall:
     call: Any = kernel
     if not (isinstance(call, partial) and hasattr(call.func, "name")):
         return call
-    if call.func.name == "capture":
+    wrapper: Any = call.func
+    if wrapper.name == "capture":
         return unobserved(call.args[0])
-    return partial(call.func, unobserved(call.args[0]))
+    return partial(wrapper, unobserved(call.args[0]))

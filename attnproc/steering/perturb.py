@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..guidance import blurred
+from ..guidance import Blur, blurred
 from ..places import grid_of, side
 from ..types import KernelCall, Scoring
 
@@ -16,7 +16,7 @@ __all__ = ["BlurredQueries", "Nearby"]
 
 
 @dataclass(frozen=True)
-class BlurredQueries:
+class BlurredQueries(Blur):
     """Attention whose scores are blurred over the queries' grid (smoothed energy guidance).
 
     Scores are linear in the queries, so these are blurred in place of a map. In a joint sequence
@@ -30,11 +30,6 @@ class BlurredQueries:
     """
 
     sigma: float = math.inf
-    aspect: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.sigma <= 0:
-            raise ValueError(f"sigma is {self.sigma}, possible are numbers above 0")
 
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring

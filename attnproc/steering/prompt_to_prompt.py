@@ -111,9 +111,9 @@ class PromptToPrompt:
 
         values, own = v, None
         if self.alignment is not None:
-            values, own = self._moved(v, scoring, edited)
-        there = (rows_from(t, source) for t in (q, k))
-        o = kernel(*there, values, scoring_of(scoring, source, batch))
+            values, own = _moved(self.alignment, v, scoring, edited)
+        from_q, from_k = rows_from(q, source), rows_from(k, source)
+        o = kernel(from_q, from_k, values, scoring_of(scoring, source, batch))
         if own is not None:
             some = scoring_of(scoring, range(edited.start, edited.stop), batch)
             more = unobserved(kernel)(q[edited], k[edited], own, some)
@@ -122,21 +122,24 @@ class PromptToPrompt:
             return o
         return mixed(unobserved(kernel)(q, k, v, scoring), o, strength)
 
-    def _moved(self, v: Tensor, scoring: Scoring, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """The values at the first prompt's tokens, and those of new tokens alone."""
-        text = side("text", scoring.image_keys, v.shape[2])
-        made = _matrices if torch.compiler.is_compiling() else _kept_matrices
-        move, fresh = made(self.alignment, v.dtype, v.device)
-        if len(move) > len(text):
-            raise ValueError(f"alignment has {len(move)} tokens, the text has {len(text)}")
-        start, stop = text.start, text.start + len(move)
-        some = v[rows]
-        words = some[:, :, start:stop]
-        moved = torch.cat((some[:, :, :start], move @ words, some[:, :, stop:]), dim=2)
-        values = torch.cat((v[: rows.start], moved, v[rows.stop :]))
-        if not self.alignment.new:
-            return values, None
-        return values, F.pad(words * fresh, (0, 0, start, v.shape[2] - stop))
+
+def _moved(
+    alignment: Alignment, v: Tensor, scoring: Scoring, rows: slice
+) -> tuple[Tensor, Tensor | None]:
+    """The values at the first prompt's tokens, and those of new tokens alone."""
+    text = side("text", scoring.image_keys, v.shape[2])
+    made = _matrices if torch.compiler.is_compiling() else _kept_matrices
+    move, fresh = made(alignment, v.dtype, v.device)
+    if len(move) > len(text):
+        raise ValueError(f"alignment has {len(move)} tokens, the text has {len(text)}")
+    start, stop = text.start, text.start + len(move)
+    some = v[rows]
+    words = some[:, :, start:stop]
+    moved = torch.cat((some[:, :, :start], move @ words, some[:, :, stop:]), dim=2)
+    values = torch.cat((v[: rows.start], moved, v[rows.stop :]))
+    if not alignment.new:
+        return values, None
+    return values, F.pad(words * fresh, (0, 0, start, v.shape[2] - stop))
 
 
 def _matrices(

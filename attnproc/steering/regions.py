@@ -107,7 +107,7 @@ def _layout(regional: Regional, scoring: Scoring, queries: int, keys: int) -> _L
     last = max(region.stop for region in regional.regions)
     if last > len(text):
         raise ValueError(f"regions reach token {last - 1}, the text has {len(text)} tokens")
-    first = scoring.image_keys[0] if joint else 0
+    first = (scoring.image_keys or (0, 0))[0]
     return _Layout(
         regional.regions,
         regional.isolate,
@@ -211,9 +211,9 @@ _kept_visible = functools.lru_cache(maxsize=64)(_visible)
 def _share(lay: _Layout, region: Region, device: torch.device) -> Tensor:
     """How far each token of the image is in a region ``[S]``: a ramp across soft edges."""
     at = torch.arange(lay.height * lay.width, device=device)
+    box = region.box or Box(0, 0, 1, 1)
     if not region.soft:
-        return _in_box(lay, at, region.box).float()
-    box = region.box
+        return _in_box(lay, at, box).float()
     x, y = (at % lay.width + 0.5) / lay.width, (at // lay.width + 0.5) / lay.height
     sides = ((x, box.left, 1), (x, box.right, -1), (y, box.top, 1), (y, box.bottom, -1))
     inner = [(place - edge) * sign for place, edge, sign in sides if 0 < edge < 1]
