@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import attnproc
 from attnproc.capture import Box, Capture, Maps, capture, components, key_weights, load
 from attnproc.interop import processors
+from attnproc.kernels import AUTO
 from attnproc.kernels.visible import dense_mask
 from attnproc.places import sides
 from attnproc.types import Bias, Keys, Scoring
@@ -475,3 +477,32 @@ def test_components_are_those_of_the_whole_map(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(places * signs, expected, rtol=0, atol=1e-5)
     with pytest.raises(KeyError, match=r"there are blocks\.0\.attn1"):
         found.of("nowhere")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_kernels_own_log_sum_exp(
+    dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many keys the chosen ones alone are scored; the output is the same to the bit."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 8).to(dtype) for n in (30, 300, 300))
+    seen: list[Any] = []
+    inner = Maps.reduced
+    monkeypatch.setattr(
+        Maps,
+        "reduced",
+        lambda s, q, k, c, lse, lin: seen.append(lse) or inner(s, q, k, c, lse, lin),
+    )
+    maps = Maps({"a": (3, 250), "b": 7}, part=(0, 1))
+    part = partial(Capture(maps, "layer"), AUTO)
+    run = torch.compile(part, fullgraph=True, backend="aot_eager") if compiled else part
+
+    o = run(q, k, v, Scoring(scale=0.3))
+
+    weights = plain_weights(q, k, Scoring(scale=0.3)).mean(dim=1)
+    expected = torch.stack((weights[..., [3, 250]].sum(dim=-1), weights[..., 7]), dim=-1)
+    assert torch.equal(o, AUTO(q, k, v, Scoring(scale=0.3)))
+    assert seen[0] is not None
+    torch.testing.assert_close(maps.sums["layer"].double(), expected, rtol=0, atol=1e-5)

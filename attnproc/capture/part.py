@@ -13,6 +13,7 @@ from ..kernels import Kernel
 from ..types import KernelCall, Scoring
 from .maps import Maps
 from .recorder import Recorder, record
+from .together import attended
 
 __all__ = ["Capture"]
 
@@ -35,21 +36,24 @@ class Capture(Recorder):
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self.maps.wants(self.layer):
+            return kernel(q, k, v, scoring)
+        o, lse = attended(kernel, q, k, v, scoring)
         with torch.no_grad():
-            if torch.compiler.is_compiling():
-                # The graph stays the same at all steps: it computes what may not be wanted.
-                record(self.ticket, self._weights(kernel, q, k, scoring))
-            elif self.maps.wants(self.layer):
-                self.maps.add(self.layer, self._weights(kernel, q, k, scoring))
-        return kernel(q, k, v, scoring)
+            linear = _innermost(kernel).linear
+            found = self.maps.reduced(q, k, scoring, lse, linear)
+        if compiling:
+            # The graph stays the same at all steps: it computes what may not be wanted.
+            record(self.ticket, found)
+        else:
+            self.maps.add(self.layer, found)
+        return o
 
     def take(self, found: Tensor) -> None:
         """Adds what a graph computed in one call."""
         if self.maps.wants(self.layer):
             self.maps.add(self.layer, found)
-
-    def _weights(self, kernel: KernelCall, q: Tensor, k: Tensor, scoring: Scoring) -> Tensor:
-        return self.maps.reduced(q, k, scoring, linear=_innermost(kernel).linear)
 
 
 def _innermost(call: Any) -> Kernel:

@@ -1,0 +1,72 @@
+"""A kernel's output and its log-sum-exp by one call, where the kernel has the latter anyway.
+
+With it the weights of a few keys cost their own scores alone, not those of all keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from ..kernels import AUTO, SDPA
+from ..kernels.native import only_causal
+from ..kernels.takes import HALF
+from ..kernels.tuned import table
+from ..types import KernelCall, Scoring
+
+__all__ = ["attended"]
+
+# Below, the scores of all keys cost less than what is looked up here.
+_KEYS = 256
+
+
+def attended(
+    kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor | None]:
+    """The output, the same to the bit as of the kernel call, and the log-sum-exp ``[B, H, Q]``.
+
+    The latter is None where the implementation that torch takes does not give it.
+    """
+    if not _plain(kernel, q, k, v, scoring):
+        return kernel(q, k, v, scoring), None
+    aten: Any = torch.ops.aten
+    causal, scale = scoring.causal, scoring.scale
+    backend = _backend(q, k, v, scoring)
+    if backend == SDPBackend.FLASH_ATTENTION.value and q.device.type == "cpu":
+        op = aten._scaled_dot_product_flash_attention_for_cpu
+        return op(q, k, v, 0.0, causal, scale=scale)
+    if backend == SDPBackend.FLASH_ATTENTION.value:
+        op = aten._scaled_dot_product_flash_attention
+        return op(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    if backend == SDPBackend.CUDNN_ATTENTION.value:
+        op = aten._scaled_dot_product_cudnn_attention
+        o, lse = op(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
+        return o, lse.view(q.shape[:3])
+    return kernel(q, k, v, scoring), None
+
+
+def _plain(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
+    """Whether torch's own attention gets the call as it is, and pads nothing."""
+    if kernel not in (AUTO, SDPA) or k.shape[2] < _KEYS or not only_causal(scoring):
+        return False
+    if q.shape[:2] != k.shape[:2] or q.shape[3] % 8 or q.shape[3] != v.shape[3]:
+        return False
+    if scoring.dropout or isinstance(scoring.scale, Tensor):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        return False
+    if q.device.type == "cuda" and q.dtype not in HALF:
+        return False
+    by_table = kernel is AUTO and not torch.compiler.is_compiling() and bool(table())
+    return q.device.type in ("cpu", "cuda") and not by_table
+
+
+def _backend(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> int:
+    """Which implementation torch takes."""
+    if torch.compiler.is_compiling():
+        return SDPBackend.FLASH_ATTENTION.value
+    choice: Any = torch._fused_sdp_choice  # pyright: ignore[reportPrivateUsage]
+    return choice(q, k, v, None, 0.0, scoring.causal, scale=scoring.scale)
