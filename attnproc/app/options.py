@@ -79,6 +79,6 @@ Schedule = Annotated[
     str | None,
     typer.Option(
         metavar="BEGIN,END",
-        help="During which part of the steps word weights, regions and reference hold (0,1: all).",
+        help="During which part of the steps word weights and reference hold, as in 0,0.6.",
     ),
 ]

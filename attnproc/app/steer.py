@@ -47,7 +47,7 @@ class Steering:
         weights: Factors of words by their token.
         regions: Prompts of parts of the picture, with these parts.
         reference: The picture that the others look at.
-        steps: During which steps all of it holds.
+        steps: During which steps weights and reference hold.
     """
 
     weights: tuple[tuple[int, float], ...] = ()
@@ -79,7 +79,8 @@ class Steering:
             spans = [(i * length, (i + 1) * length) for i in range(len(self.regions) + 1)]
             boxes = [None, *(box for _, box in self.regions)]
             parts = [Region(*at, box, _SOFT) for at, box in zip(spans, boxes, strict=True)]
-            layers.with_regions(*parts, strength=strength)
+            # Without regions the picture would see all prompts at once.
+            layers.with_regions(*parts)
         if self.reference:
             layers.with_reference(parts=part[1], strength=strength)
 

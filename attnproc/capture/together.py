@@ -68,5 +68,5 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> int:
     """Which implementation torch takes."""
     if torch.compiler.is_compiling():
         return SDPBackend.FLASH_ATTENTION.value
-    choice: Any = torch._fused_sdp_choice  # pyright: ignore[reportPrivateUsage]
+    choice: Any = torch._fused_sdp_choice  # pyright: ignore
     return choice(q, k, v, None, 0.0, scoring.causal, scale=scoring.scale)
