@@ -51,7 +51,7 @@ def main(
         sheets.append(plots.sheet([picture], maps, prompt))
         if prompt == PROMPTS[0]:
             about(picture, maps, prompt, out)
-    small(stacked(sheets, 2)).save(out / "ten-prompts.jpg", quality=88)
+    small(stacked(sheets, 2)).save(out / "ten-prompts.png", optimize=True)
     painted(pipeline, ("cat and umbrella", "penguin on a blue background")).save(
         out / "components.png"
     )
@@ -74,7 +74,7 @@ def run(pipeline: Any, prompt: str) -> Image.Image:
 
 def about(picture: Image.Image, maps: Maps, prompt: str, out: Path) -> None:
     """All other forms of one prompt's maps."""
-    small(plots.layers(picture, maps, prompt)).save(out / "layers.jpg", quality=88)
+    small(plots.layers(picture, maps, prompt)).save(out / "layers.png", optimize=True)
     plots.animation(picture, maps, out / "steps.gif")
     html.save(out / "maps.html", picture, maps, prompt)
     maps.save(out / "maps.npz")

@@ -20,6 +20,7 @@ import attnproc
 from attnproc import Layers
 from attnproc.app.demo import model
 from attnproc.app.demo.vocabulary import LENGTH, split
+from attnproc.app.reference import Noised
 from attnproc.places import Box
 from attnproc.steering import Region, align
 
@@ -41,6 +42,11 @@ EDITS = (
 # Cross attention until, self attention until, as fractions of the steps.
 KEPT = ((0.8, 0.0), (0.8, 0.4), (1.0, 0.8))
 WEIGHTS = (0.0, 0.5, 1.5, -1.0)
+REFERENCES: tuple[dict[str, Any], ...] = (
+    {"mode": "append"},
+    {"mode": "append", "normed": True},
+    {"mode": "replace"},
+)
 
 Tile = tuple[Image.Image, str]
 
@@ -53,9 +59,12 @@ def main(
     pipeline: Any = model.load()
     pipeline.set_progress_bar_config(disable=True)
     layers = attnproc.on(pipeline.unet)
-    page([halves(pipeline, layers, *row) for row in HALVES], out / "regions.jpg")
-    page([edits(pipeline, layers, *pair) for pair in EDITS], out / "edits.jpg")
-    page([weights(pipeline, layers)], out / "word-weights.jpg")
+    page([halves(pipeline, layers, *row) for row in HALVES], out / "regions.png")
+    page([edits(pipeline, layers, *pair) for pair in EDITS], out / "edits.png")
+    page([weights(pipeline, layers)], out / "word-weights.png")
+    file = out / "reference.png"
+    run(pipeline, ["purple octopus on a green background"])[0].save(file)
+    page([references(pipeline, layers, file)], out / "references.png")
 
 
 def halves(pipeline: Any, layers: Layers, left: str, right: str, soft: float) -> list[Tile]:
@@ -96,6 +105,19 @@ def weights(pipeline: Any, layers: Layers, prompt: str = "red octopus") -> list[
     return found
 
 
+def references(pipeline: Any, layers: Layers, file: Path) -> list[Tile]:
+    """A picture that looks at another one, in several ways."""
+    found = [(Image.open(file), "reference"), (run(pipeline, ["rocket"])[0], "rocket")]
+    for options in REFERENCES:
+        layers.with_reference(**options)
+        # The first row is the reference, noised as far as the rocket at each step.
+        hook = Noised.read(file, pipeline)
+        picture = run(pipeline, ["", "rocket"], callback_on_step_end=hook)[1]
+        found.append((picture, ", ".join(f"{k}={v}" for k, v in options.items())))
+        layers.without("reference", missing=True)
+    return found
+
+
 def both(pipeline: Any, layers: Layers, first: str, second: str) -> list[Image.Image]:
     """Two prompts from the same noise."""
     layers.clock.set(0.0)
@@ -128,7 +150,7 @@ def page(rows: Sequence[Sequence[Tile]], path: Path, side: int = 176) -> None:
                 picture.resize((side, side), Image.Resampling.BICUBIC), (at[0], at[1] + 16)
             )
             draw.text((at[0] + side / 2, at[1] + 2), label[:30], fill="black", anchor="ma")
-    sheet.save(path, quality=90)
+    sheet.save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Steering:
             # Without regions the picture would see all prompts at once.
             layers.with_regions(*parts)
         if self.reference:
-            layers.with_reference(parts=part[1], strength=strength)
+            layers.with_reference(mode="replace", parts=part[1], strength=strength)
 
     def call(self, pipeline: StableDiffusionPipeline, request: Request) -> dict[str, Any]:
         """What of the pipeline's call is other than without."""
