@@ -76,10 +76,8 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
             for branch in _branches(layers, state, scale, mask, q):
                 branches.setdefault(branch.k.shape[2], []).append(branch)
 
-    total, scoring = (
-        torch.zeros((), dtype=q.dtype, device=q.device),
-        Scoring(scale=at.recipe.scale(at)),
-    )
+    scoring = Scoring(scale=at.recipe.scale(at))
+    total = q.new_zeros(())
     for alike in branches.values():
         total = total + _attended(alike, q, kernel, scoring)
     return total.expand(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])

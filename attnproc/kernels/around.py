@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..rows import scoring_of
 from ..types import AroundPart, Bias, KernelCall, Keys, Mask, Scoring
-from .reference import expand_heads, masked_softmax
+from .reference import expand_heads, factor, masked_softmax
 from .visible import OfRows, dense_mask
 
 __all__ = ["Perturbed", "Sliced", "identity"]
@@ -55,7 +56,7 @@ def identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scori
     """Attention where tokens see themselves and the text joined to them, in O(tokens x text)."""
     if scoring.image_keys is None:
         return expand_heads(v, q)
-    start, stop = scoring.image_keys or (0, k.shape[2])
+    start, stop = scoring.image_keys
     image, text = slice(start, stop), slice(0, start) if start else slice(stop, k.shape[2])
     seen = _themselves_and_text(q if scoring.image is None else q[:, :, image], k, v, scoring)
     if scoring.image is None:
@@ -73,12 +74,11 @@ def _themselves_and_text(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> T
     """What image queries see of their own key and the text's: ``[B, H, S, D]``."""
     start, stop = scoring.image_keys or (0, k.shape[2])
     image, text = slice(start, stop), slice(0, start) if start else slice(stop, k.shape[2])
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
     k, v = expand_heads(k, q), expand_heads(v, q)
 
     to_text = q @ k[:, :, text].transpose(-1, -2)  # [B, H, S, T]
     to_self = (q * k[:, :, image]).sum(dim=-1, keepdim=True)
-    scores = torch.cat((to_text, to_self), dim=-1).float() * scale
+    scores = torch.cat((to_text, to_self), dim=-1).float() * factor(q, scoring)
     mask = dense_mask(scoring, q, k)
     weights = masked_softmax(scores, None if mask is None else _text_and_self(mask, scoring))
     weights = weights.to(v.dtype)
@@ -121,21 +121,13 @@ class Perturbed:
                 "encoder_hidden_states: perturbed-attention guidance perturbs self attention, "
                 f"here {_image_queries(q, scoring)} queries meet {stop - start} keys of the image"
             )
-        plain = slice(0, self.plain(batch))
-        last = slice(plain.stop, batch)
+        plain = self.plain(batch)
+        of_plain = scoring_of(scoring, range(plain), batch)
+        of_last = scoring_of(scoring, range(plain, batch), batch)
 
-        o = kernel(q[plain], k[plain], v[plain], _of_rows(scoring, plain, batch))
-        last_scoring = _of_rows(scoring, last, batch)
-        return torch.cat((o, self.perturb(kernel, q[last], k[last], v[last], last_scoring)))
-
-
-def _of_rows(scoring: Scoring, rows: slice, batch: int) -> Scoring:
-    """The scoring for a part of the batch; a mask for the plain part alone is taken as it is."""
-    mask = scoring.mask
-    scoring = scoring._replace(mods=tuple(OfRows(mod, rows.start) for mod in scoring.mods))
-    if mask is None or mask[0].shape[0] != batch:
-        return scoring
-    return scoring._replace(mask=type(mask)(mask[0][rows]))
+        o = kernel(q[:plain], k[:plain], v[:plain], of_plain)
+        last = self.perturb(kernel, q[plain:], k[plain:], v[plain:], of_last)
+        return torch.cat((o, last))
 
 
 def _rows(mask: Tensor, queries: slice) -> Tensor:

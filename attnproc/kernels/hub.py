@@ -14,6 +14,7 @@ from ..types import Scoring
 from .base import Kernel, package
 from .flash import FLASH2, FLASH3, FLASH4, flash, flash_lse
 from .plan import forget
+from .reference import factor
 from .sage import SAGE
 from .takes import Ask
 
@@ -82,7 +83,7 @@ def hub_sage(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, library: HubLibr
         # It has no argument for the scale.
         q = q * (1.0 if scoring.scale is None else scoring.scale * q.shape[-1] ** 0.5)
         return run(q, k, v, is_causal=scoring.causal)
-    scale = q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    scale = factor(q, scoring)
     return run(q, k, v, tensor_layout="HND", is_causal=scoring.causal, sm_scale=scale)
 
 
