@@ -267,3 +267,11 @@ def test_the_clock_follows_a_pipeline() -> None:
         assert clock.on_step_end(Pipeline, step, None, {"latents": 1}) == {"latents": 1}
     assert times == [0.0, 0.25, 0.5, 0.75]
     assert clock.fraction == 0.0
+
+
+def test_a_mask_of_the_unperturbed_rows_reaches_a_blurred_third() -> None:
+    attn, x = _attn(), torch.cat((X, X, X))
+    plain = torch.arange(16)[None] < torch.tensor([[9], [16], [9], [16]])
+    processor = attnproc.AttnProcessor2_0().with_pag(3, blur=1.0)
+    short = processor(attn, x, attention_mask=plain)
+    torch.testing.assert_close(short, processor(attn, x, attention_mask=plain.repeat(2, 1)[:6]))
