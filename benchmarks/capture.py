@@ -2,6 +2,7 @@
 
     python benchmarks/capture.py demo        # a step of the demo model, on a CPU
     python benchmarks/capture.py gpu         # SDXL and Flux at 1024 x 1024, under a minute
+    python benchmarks/capture.py gpu --device cpu --tiny    # tries the command itself
     python benchmarks/capture.py pointing    # the pointing game on the demo model
 
 Results go to `benchmarks/results/capture-<command>.json` with versions.
@@ -53,33 +54,41 @@ def of_demo(rounds: int = 40) -> None:
 
 
 @app.command("gpu")
-def on_gpu(rounds: int = 10) -> None:
+def on_gpu(rounds: int = 10, device: str = "cuda", tiny: bool = False) -> None:
     """Random weights at the real shapes: the cost does not depend on what is in them."""
     import diffusers
 
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    results: dict[str, Any] = {"device": name, "words": len(WORDS), "tiny": tiny}
+    side, width = (16, 32) if tiny else (128, 320)
     sdxl = _filled(
         diffusers.UNet2DConditionModel,
-        sample_size=128,
+        device,
+        sample_size=side,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
+        block_out_channels=(width, 2 * width, 4 * width),
         transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
+        attention_head_dim=(5, 10, 20) if not tiny else (1, 2, 4),
         cross_attention_dim=2048,
         use_linear_projection=True,
     )
-    results = {"sdxl": _compared(sdxl, _sdxl_inputs(), WORDS, "cross", rounds)}
+    results["sdxl"] = _compared(sdxl, _sdxl_inputs(device, side), WORDS, "cross", rounds)
     del sdxl
-    torch.cuda.empty_cache()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     # A quarter of the depth, with as many double blocks to a single one.
     flux = _filled(
         diffusers.FluxTransformer2DModel,
-        num_layers=5,
-        num_single_layers=10,
+        device,
+        num_layers=1 if tiny else 5,
+        num_single_layers=2 if tiny else 10,
+        num_attention_heads=1 if tiny else 24,
         guidance_embeds=True,
     )
-    results["flux"] = _compared(flux, _flux_inputs(), WORDS, "joint", rounds)
-    _write("gpu", {"device": torch.cuda.get_device_name(), "words": len(WORDS), **results})
+    inputs = _flux_inputs(device, (side // 2) ** 2)
+    results["flux"] = _compared(flux, inputs, WORDS, "joint", rounds)
+    _write("gpu", results, save=not tiny)
 
 
 @app.command()
@@ -163,45 +172,44 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _filled(kind: Any, **config: Any) -> nn.Module:
-    """A model of random weights, made on the GPU in bfloat16."""
+def _filled(kind: Any, device: str, **config: Any) -> nn.Module:
+    """A model of random weights in bfloat16, made on its device."""
     with torch.device("meta"):
         model = kind(**config)
-    model = model.to(torch.bfloat16).to_empty(device="cuda").eval()
+    model = model.to(torch.bfloat16).to_empty(device=device).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.normal_(0, 0.02)
     return model
 
 
-def _drawn(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-
-def _sdxl_inputs() -> dict[str, Any]:
+def _sdxl_inputs(device: str, side: int) -> dict[str, Any]:
+    half: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     return {
-        "sample": _drawn(2, 4, 128, 128),
+        "sample": torch.randn(2, 4, side, side, **half),
         "timestep": 500,
-        "encoder_hidden_states": _drawn(2, 77, 2048),
+        "encoder_hidden_states": torch.randn(2, 77, 2048, **half),
     }
 
 
-def _flux_inputs() -> dict[str, Any]:
+def _flux_inputs(device: str, tokens: int) -> dict[str, Any]:
+    half: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     return {
-        "hidden_states": _drawn(1, 4096, 64),
-        "encoder_hidden_states": _drawn(1, 512, 4096),
-        "pooled_projections": _drawn(1, 768),
-        "timestep": torch.tensor([0.5], device="cuda", dtype=torch.bfloat16),
-        "img_ids": torch.zeros(4096, 3, device="cuda"),
-        "txt_ids": torch.zeros(512, 3, device="cuda"),
-        "guidance": torch.tensor([3.5], device="cuda", dtype=torch.bfloat16),
+        "hidden_states": torch.randn(1, tokens, 64, **half),
+        "encoder_hidden_states": torch.randn(1, 512, 4096, **half),
+        "pooled_projections": torch.randn(1, 768, **half),
+        "timestep": torch.tensor([0.5], **half),
+        "img_ids": torch.zeros(tokens, 3, device=device),
+        "txt_ids": torch.zeros(512, 3, device=device),
+        "guidance": torch.tensor([3.5], **half),
     }
 
 
-def _write(name: str, found: dict[str, Any]) -> None:
+def _write(name: str, found: dict[str, Any], save: bool = True) -> None:
     versions = {p: version(p) for p in ("torch", "diffusers")}
     report = {"versions": {"python": platform.python_version(), **versions}, **found}
     path = RESULTS / f"capture-{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    if save:
+        path.write_text(json.dumps(report, indent=1) + "\n")
     print(path.name, json.dumps(found))
 
 
