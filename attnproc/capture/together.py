@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from ..kernels import AUTO, SDPA
 from ..kernels.native import only_causal
-from ..kernels.takes import HALF
+from ..kernels.takes import constant
 from ..kernels.tuned import table
 from ..types import KernelCall, Scoring
 
@@ -44,7 +44,12 @@ def attended(
     if backend == SDPBackend.CUDNN_ATTENTION.value:
         op = aten._scaled_dot_product_cudnn_attention
         o, lse = op(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
-        return o, lse.view(q.shape[:3])
+        return o, lse.reshape(q.shape[:3])
+    if backend == SDPBackend.EFFICIENT_ATTENTION.value:
+        op = aten._scaled_dot_product_efficient_attention
+        o, lse = op(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+        # It has rows up to a multiple of 32.
+        return o, lse[:, :, : q.shape[2]]
     return kernel(q, k, v, scoring), None
 
 
@@ -58,8 +63,6 @@ def _plain(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         return False
-    if q.device.type == "cuda" and q.dtype not in HALF:
-        return False
     by_table = kernel is AUTO and not torch.compiler.is_compiling() and bool(table())
     return q.device.type in ("cpu", "cuda") and not by_table
 
@@ -67,6 +70,14 @@ def _plain(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
 def _backend(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> int:
     """Which implementation torch takes."""
     if torch.compiler.is_compiling():
-        return SDPBackend.FLASH_ATTENTION.value
+        return _backend_of(q.device.type, q.dtype, q.shape[3], scoring.causal)
     choice: Any = torch._fused_sdp_choice  # pyright: ignore
     return choice(q, k, v, None, 0.0, scoring.causal, scale=scoring.scale)
+
+
+@constant
+def _backend_of(device: str, dtype: torch.dtype, dim: int, causal: bool) -> int:
+    """The same, asked once while tracing: it does not depend on how many tokens there are."""
+    probe = torch.empty(1, 1, _KEYS, dim, device=device, dtype=dtype)
+    choice: Any = torch._fused_sdp_choice  # pyright: ignore
+    return choice(probe, probe, probe, None, 0.0, causal)
