@@ -5,13 +5,14 @@ Whether a norm spans one head or all of them is read off the norm itself.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .types import QKV, Site, Streams
 
-__all__ = ["each_its_own", "one_for_both", "unnormed"]
+__all__ = ["NAMES", "Formula", "apply", "each_its_own", "formula", "one_for_both", "unnormed"]
 
 
 def each_its_own(at: Site, streams: Streams) -> None:
@@ -35,12 +36,12 @@ def unnormed(at: Site, streams: Streams) -> None:
 def _norm(attn: Any, norm_q: str, norm_k: str, stream: QKV) -> None:
     of_q, of_k = getattr(attn, norm_q, None), getattr(attn, norm_k, None)
     if of_q is not None:
-        stream.q = _apply(of_q, stream.q)
+        stream.q = apply(of_q, stream.q)
     if of_k is not None:
-        stream.k = _apply(of_k, stream.k)
+        stream.k = apply(of_k, stream.k)
 
 
-def _apply(norm: nn.Module, x: Tensor | None) -> Tensor | None:
+def apply(norm: nn.Module, x: Tensor | None) -> Tensor | None:
     """The norm of ``[B, S, H, D]``, over ``D`` or over ``H*D``."""
     if x is None:
         return x
@@ -54,3 +55,65 @@ def _width(norm: nn.Module) -> int | None:
     """Channels that the norm spans; None for one that takes any number."""
     shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
     return shape[0] if isinstance(shape, tuple) else None
+
+
+class Formula(NamedTuple):
+    """A norm as numbers, for kernels that compute it themselves.
+
+    Args:
+        kind: "rms" (root mean square), "layer" or "l2".
+        weight: Factor of each channel, or None.
+        bias: Summand of each channel, or None.
+        eps: What guards the division.
+        across: Whether it spans all heads.
+    """
+
+    kind: str
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    across: bool
+
+
+_KINDS = {
+    "torch.nn.modules.normalization.LayerNorm": "layer",
+    "torch.nn.modules.normalization.RMSNorm": "rms",
+    "diffusers.models.normalization.FP32LayerNorm": "layer",
+    "diffusers.models.normalization.RMSNorm": "rms",
+    "diffusers.models.normalization.MochiRMSNorm": "rms",
+    "diffusers.models.normalization.LpNorm": "l2",
+    "attnproc.modules.FP32LayerNorm": "layer",
+    "attnproc.modules.RMSNorm": "rms",
+    "attnproc.modules.MochiRMSNorm": "rms",
+    "attnproc.modules.LpNorm": "l2",
+}
+
+
+def formula(norm: Any, heads: int, dim: int, dtype: torch.dtype) -> Formula | None:
+    """The formula of a norm of ``[B, S, heads, dim]``; None for any that is not known through.
+
+    A layer with hooks, a changed `forward` or weights of a kind of their own is not: whoever
+    changed it wants it called.
+    """
+    kind = _KINDS.get(f"{type(norm).__module__}.{type(norm).__qualname__}")
+    if kind is None or norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
+        return None
+    if kind == "l2" and (norm.p != 2 or norm.dim != -1):
+        return None
+    width = _width(norm)
+    across = heads > 1 and width == heads * dim
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    plain = all(w is None or type(w) in (Tensor, nn.Parameter) for w in (weight, bias))
+    if not plain or (kind != "l2" and not across and width != dim):
+        return None
+    eps = torch.finfo(dtype).eps if norm.eps is None else norm.eps
+    return Formula(kind, weight, bias, eps, across)
+
+
+_SELF, _ADDED = ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")
+NAMES: dict[Any, tuple[tuple[str, str] | None, tuple[str, str] | None]] = {
+    each_its_own: (_SELF, _ADDED),
+    one_for_both: (_SELF, _SELF),
+    unnormed: (None, None),
+}
+"""Which layers of the module the parts above call, for the image and for the text."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .modules import RMSNorm
+from .prologue import normed
 from .schedules import amount, is_off
 from .shapes import merge_heads
 from .types import QKV, Arranged, KernelCall, Scoring, Site
@@ -68,7 +69,8 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
         return None
     scales, masks = _checked(states, proc.scale, at.call.ip_masks)
 
-    q = cast("Tensor", arranged.query).transpose(1, 2)  # [B, H, S, D]
+    raw = cast("QKV", arranged.raw)
+    q = normed(at, raw.q).transpose(1, 2)  # [B, H, S, D]
     branches: dict[int, list[Branch]] = {}
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .types import QKV, Site
 
-__all__ = ["Rotary", "axes", "complex_pairs", "halves", "pairs", "per_head"]
+__all__ = ["Rotary", "Table", "axes", "complex_pairs", "halves", "pairs", "per_head", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,21 @@ class Rotary:
 
     def __call__(self, at: Site, stream: QKV) -> None:
         """Rotates queries and keys of the stream ``[B, S, H, D]``."""
+        of_queries, of_keys = self.tables(at)
+        if of_queries is not None:
+            stream.q = self.form(stream.q, of_queries)
+        if of_keys is not None:
+            stream.k = self.form(stream.k, of_keys)
+
+    def tables(self, at: Site) -> tuple[Any, Any]:
+        """The call's tables for queries and for keys; None for what is not rotated."""
         cross = getattr(at.attn, "is_cross_attention", False)
         rope = at.call.rope
         key_rope = at.call.key_rope if self.keys == "own" else rope
-        if rope is not None and not (cross and self.queries == "self"):
-            stream.q = self.form(stream.q, rope)
-        if key_rope is not None and not (cross and self.keys == "self"):
-            stream.k = self.form(stream.k, key_rope)
+        return (
+            None if cross and self.queries == "self" else rope,
+            None if cross and self.keys == "self" else key_rope,
+        )
 
 
 def pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -88,6 +96,49 @@ def axes(x: Tensor, table: tuple[Any, Any]) -> Tensor:
         for third, (cos, sin), position in zip(thirds, tables, positions, strict=True)
     ]
     return torch.cat(turned, dim=-1)
+
+
+class Table(NamedTuple):
+    """The table of any form in one layout, for kernels that rotate themselves.
+
+    Args:
+        cos: ``[B|1, S, H|1, turned / step]``.
+        sin: As `cos`.
+        width: Channels d and d + width / 2 of each group of `width` make a pair.
+        turned: How many channels are rotated.
+        step: How many channels share an entry.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    width: int
+    turned: int
+    step: int = 1
+
+
+def table_of(form: Callable[[Tensor, Any], Tensor], table: Any) -> Table | None:
+    """A form's table in one layout; None for a form or a shape that is not known."""
+    if form is axes:
+        tables, positions = table
+        third = tables[0][0].shape[-1]
+        both = [
+            torch.cat([part[i][at] for part, at in zip(tables, positions, strict=True)], dim=-1)
+            for i in (0, 1)
+        ]
+        cos, sin = (part if part.ndim == 3 else part[None] for part in both)
+        return Table(cos.unsqueeze(2), sin.unsqueeze(2), third, 3 * third)
+    if form is complex_pairs:
+        cos, sin = torch.view_as_real(table).unbind(-1)
+        return Table(cos.unsqueeze(2), sin.unsqueeze(2), 2, 2 * cos.shape[-1], 2)
+    if form is per_head:
+        cos, sin = (part[None] if part.ndim == 3 else part for part in table)
+        return Table(cos, sin, 2, 2 * cos.shape[-1], 2) if cos.ndim == 4 else None
+    if form in (pairs, halves):
+        cos, sin = (part[None] if part.ndim == 2 else part for part in table)
+        turned = cos.shape[-1]
+        width = 2 if form is pairs else turned
+        return Table(cos.unsqueeze(2), sin.unsqueeze(2), width, turned) if cos.ndim == 3 else None
+    return None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -102,8 +102,6 @@ class Arranged(NamedTuple):
     """How many of the keys are text that was joined to the image."""
     raw: QKV | None = None
     """For image prompts: the image stream ``[B, S, H, D]`` before norms and rotary embedding."""
-    query: Tensor | None = None
-    """For image prompts: the image's queries ``[B, S, H, D]`` normed, before rotary embedding."""
 
 
 class Keys(NamedTuple):
