@@ -192,6 +192,18 @@ def test_guard_compares_the_first_calls() -> None:
         attention(q, q, q)
 
 
+def test_guard_compares_compiled_calls() -> None:
+    q = torch.randn(1, 2, 4, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: attention(q, q, q), backend="aot_eager", fullgraph=True)
+    with backend("spy_crude", max_error=0.2):
+        torch.testing.assert_close(compiled(q), attention(q, q, q))
+    with backend("spy_crude", max_error=0.01):
+        for _ in range(2):
+            with pytest.raises(Inaccurate, match=r"'spy_crude': its error is 0\.1"):
+                compiled(q)
+
+
 def test_quantised_kernels_are_never_automatic() -> None:
     for kernel in attnproc.kernels.registered().values():
         if kernel.name.startswith(("sage", "spy_crude")):

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 import attnproc
@@ -64,7 +66,7 @@ def test_every_kernel_has_a_verdict() -> None:
     assert "mask window: it takes causal" in found["sage"].reasons
     assert "is not installed: pip install flash-attn" in found["flash"].reasons[0]
     assert "dense mask of 16 x 16" in found["sdpa"].note
-    assert str(found).startswith("sdpa runs: the automatic choice\n+ sdpa")
+    assert str(found).startswith("sdpa runs: the automatic choice, by rules\n+ sdpa")
 
 
 def test_what_was_named_is_explained() -> None:
@@ -123,6 +125,58 @@ def test_the_table_rules_the_automatic_choice(own_table: Path) -> None:
         torch.testing.assert_close(AUTO(q, q, q, Scoring()), attention(q, q, q, backend="math"))
 
 
+def write(path: Path, q: torch.Tensor, name: str, **settings: Any) -> None:
+    """A table with one entry, in use."""
+    with torch.no_grad():
+        key = key_of(ask(q, q, q, Scoring(**settings)))
+    path.write_text(json.dumps({"cpu": {key: name}}))
+    use_table(path)
+    forget()
+
+
+def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (i - j).abs() < 5
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": (3, None)}, {"mods": (near,)}])
+@pytest.mark.usefixtures("quantised")
+@torch.no_grad()
+def test_the_table_rules_compiled_code(settings: dict[str, Any], own_table: Path) -> None:
+    q, other, third = (torch.randn(1, 2, n, 16) for n in (24, 25, 26))
+    scoring = Scoring(**settings)
+    plain = AUTO(other, other, other, scoring)
+    write(own_table, q, "coarse", **settings)
+    torch._dynamo.reset()
+    run = torch.compile(AUTO, backend="eager", fullgraph=True)
+
+    assert torch.equal(run(q, q, q, scoring), q * 1.001)
+    # The sizes of this one are symbols.
+    torch.testing.assert_close(run(other, other, other, scoring), plain)
+    run(third, third, third, scoring)
+    # A choice once made is kept.
+    use_table(None)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(run(q, q, q, scoring), q * 1.001)
+
+
+@pytest.mark.usefixtures("without_flex")
+@torch.no_grad()
+def test_windows_and_blocks_are_timed_as_they_are(own_table: Path) -> None:
+    q = torch.randn(1, 2, 24, 16)
+    masks = (attnproc.Window(3, None), attnproc.Window(5, 5), attnproc.Blocks(near))
+
+    outcomes = attnproc.autotune(lambda: [attention(q, q, q, m) for m in masks], seconds=0.001)
+
+    assert all(timing.error < 1e-4 for o in outcomes for timing in o.timings)
+    assert list(json.loads(own_table.read_text())["cpu"]) == [
+        "1x2/2 24x24 16/16 window 3,None | float32 window",
+        "1x2/2 24x24 16/16 window 5,5 | float32 window",
+        "1x2/2 24x24 16/16 | float32 blocks near",
+    ]
+    with pytest.raises(ValueError, match="give autotune a function that runs it"):
+        attnproc.autotune([outcomes[2].asked])
+
+
 def coarse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     return v * 1.001
 
@@ -165,6 +219,9 @@ def test_explain_command() -> None:
         (("explain", "--shape", "1,2,3,4", "--backend", "mth"), "near it: math"),
         (("autotune",), "give a model"),
         (("autotune", "sd9"), "there are no shapes of 'sd9'"),
+        (("autotune", "--shape", "1,2,3,4", "--mask", "window"), "which is not given: --window"),
+        (("autotune", "--shape", "1,2,3,4", "--mask", "blocks"), "a function that runs it"),
+        (("autotune", "--shape", "1,2,3,4", "--window", "5"), "two numbers LEFT,RIGHT"),
     ],
 )
 def test_commands_say_what_is_wrong(arguments: tuple[str, ...], message: str) -> None:
@@ -191,7 +248,9 @@ def test_autotune_command(own_table: Path) -> None:
     shape = ("--shape", "1,2,32,16", "--dtype", "float32", "--device", "cpu", "--seconds", "0.01")
     out = run("autotune", *shape)
     assert str(own_table) in out
-    assert "1x2/2 32x32 16/16 no mask" in own_table.read_text()
+    assert "1x2/2 32x32 16/16 | float32 no mask" in own_table.read_text()
+    run("autotune", *shape, "--window", "3,5")
+    assert "16/16 window 3,5 | float32 window" in own_table.read_text()
 
 
 # Other packages

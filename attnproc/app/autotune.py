@@ -14,6 +14,7 @@ from attnproc.app.explain import (
     KeyCount,
     KeyHeads,
     Masks,
+    WindowSize,
     kind_of,
 )
 from attnproc.app.faults import Fault
@@ -55,6 +56,7 @@ def autotune(
     key_heads: KeyHeads = None,
     dtype: Dtype = "bfloat16",
     mask: Masks = "",
+    window: WindowSize = None,
     backward: Backward = False,
     max_error: Annotated[
         float | None,
@@ -71,8 +73,8 @@ def autotune(
     """
     from rich.console import Console
 
-    from attnproc.kernels.timing import TUNABLE
     from attnproc.kernels.timing import autotune as tune
+    from attnproc.kernels.timing import untimed
     from attnproc.kernels.tuned import default_path
 
     if (model is None) == (shape is None):
@@ -80,9 +82,9 @@ def autotune(
     if shape is None and model not in MODELS:
         raise Fault(f"there are no shapes of {model!r}, there are {', '.join(MODELS)}")
     calls = MODELS.get(model or "", ((shape or "", keys, key_heads, mask),))
-    asks = [kind_of(s, k, h, dtype, m, device, backward) for s, k, h, m in calls]
-    if any(asked.kinds - TUNABLE for asked in asks):
-        raise Fault("--mask: what a window or blocks hide is not known, so it can't be timed")
+    asks = [kind_of(s, k, h, dtype, m, device, backward, window) for s, k, h, m in calls]
+    if reasons := [reason for asked in asks if (reason := untimed(asked))]:
+        raise Fault(f"--mask: {reasons[0]}" + (": --window" if "window" in reasons[0] else ""))
     console = Console()
     for outcome in tune(asks, max_error=max_error, seconds=seconds, path=file):
         console.print(_table(outcome))

@@ -33,6 +33,10 @@ Masks = Annotated[
         "several with commas."
     ),
 ]
+WindowSize = Annotated[
+    str | None,
+    typer.Option(metavar="LEFT,RIGHT", help="A window's reach, such as 512,512: masks the call."),
+]
 Hardware = Annotated[
     str | None, typer.Option(help="cuda, cpu or another; cuda where there is one unless given.")
 ]
@@ -45,6 +49,7 @@ def explain(
     key_heads: KeyHeads = None,
     dtype: Dtype = "bfloat16",
     mask: Masks = "",
+    window: WindowSize = None,
     device: Hardware = None,
     backward: Backward = False,
     backend: Annotated[
@@ -58,7 +63,7 @@ def explain(
 
     from attnproc.kernels.explanation import verdicts
 
-    asked = kind_of(shape, keys, key_heads, dtype, mask, device, backward)
+    asked = kind_of(shape, keys, key_heads, dtype, mask, device, backward, window)
     try:
         found = verdicts(asked, backend)
     except ValueError as error:
@@ -81,6 +86,7 @@ def kind_of(
     mask: str,
     device: str | None,
     backward: bool,
+    window: str | None = None,
 ) -> Any:
     """The kind of call that the options describe.
 
@@ -100,6 +106,8 @@ def kind_of(
     masks = frozenset(kind.strip() for kind in mask.split(",") if kind.strip())
     if masks - KINDS:
         raise Fault(f"--mask is {mask!r}: there are {', '.join(sorted(KINDS))}")
+    reach = None if window is None else _reach(window)
+    masks = masks if reach is None else masks | {"window"}
     names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
     type_ = getattr(torch, names.get(dtype, dtype), None)
     if not isinstance(type_, torch.dtype) or not type_.is_floating_point:
@@ -119,4 +127,12 @@ def kind_of(
         lse=False,
         dropout=False,
         compiling=False,
+        window=reach,
     )
+
+
+def _reach(window: str) -> tuple[int, int]:
+    sizes = [size.strip() for size in window.split(",")]
+    if len(sizes) != 2 or not all(size.isdigit() for size in sizes):
+        raise Fault(f"--window is {window!r}: give two numbers LEFT,RIGHT, such as 512,512")
+    return int(sizes[0]), int(sizes[1])

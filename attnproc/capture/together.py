@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 from ..kernels import AUTO, SDPA
 from ..kernels.native import only_causal
 from ..kernels.takes import constant
-from ..kernels.tuned import table
+from ..kernels.tuned import is_tuned
 from ..types import KernelCall, Scoring
 
 __all__ = ["attended"]
@@ -63,8 +63,7 @@ def _plain(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         return False
-    by_table = kernel is AUTO and not torch.compiler.is_compiling() and bool(table())
-    return q.device.type in ("cpu", "cuda") and not by_table
+    return q.device.type in ("cpu", "cuda") and not (kernel is AUTO and is_tuned(q.device.type))
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> int:

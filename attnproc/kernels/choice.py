@@ -46,19 +46,18 @@ def resolved(wish: Scope, lse: bool = False) -> Callable[..., Any]:
     if lse:
         return partial(checked, kernel, wish.fallback, lse=True)
     call: Any = kernel if kernel.name == AUTO.name else partial(checked, kernel, wish.fallback)
-    return call if wish.watch is None else partial(_watched, wish.watch, kernel.name, call)
+    return call if wish.watch is None else partial(_watched, wish.watch, call)
 
 
 def _watched(
     watch: Watch,
-    name: str,
     call: KernelCall,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scoring: Scoring,
 ) -> Tensor:
-    return watch.run(name, call, AUTO, q, k, v, scoring=scoring)
+    return watch.run(call, AUTO, q, k, v, scoring=scoring)
 
 
 def set_backend(model: nn.Module, name: Any, layers: str | None = None) -> list[str]:

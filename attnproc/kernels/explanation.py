@@ -13,6 +13,7 @@ from .functional import scoring_of
 from .plan import AUTO, pick
 from .scope import scope
 from .takes import Ask, ask, why_not
+from .tuned import tuned
 
 __all__ = ["Explanation", "Verdict", "explain", "verdicts"]
 
@@ -88,7 +89,8 @@ def verdicts(asked: Ask, backend: Any = None) -> Explanation:
     """The explanation of a kind of call."""
     wish = scope() if backend is None else None
     name = backend if wish is None else wish.name
-    chosen, why = pick(asked).name, "the automatic choice"
+    by = "the table of autotune" if tuned(asked) else "rules"
+    chosen, why = pick(asked).name, f"the automatic choice, by {by}"
     if name is not None and named(name) != AUTO:
         kernel = named(name)
         by = "it was named" if backend is not None else "the block names it"

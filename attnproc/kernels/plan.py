@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
 
 from ..types import Scoring
@@ -13,7 +12,7 @@ from .chunked import CHUNKED
 from .flex import FLEX
 from .native import SDPA, only_causal
 from .takes import Ask, Takes, ask, constant, why_not
-from .tuned import table, tuned
+from .tuned import is_tuned, tuned
 from .varlen import VARLEN
 
 __all__ = [
@@ -40,8 +39,7 @@ class Refused(ValueError):
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The kernel that the table or the rules pick for this kind of call."""
-    # Compiled code goes by the rules: a table would be one more thing to guard.
-    if only_causal(scoring) and (torch.compiler.is_compiling() or not table()):
+    if only_causal(scoring) and not is_tuned(q.device.type):
         return SDPA(q, k, v, scoring)
     return pick(ask(q, k, v, scoring))(q, k, v, scoring)
 
@@ -57,7 +55,7 @@ AUTO = Kernel("auto", automatic, takes=Takes(dropout=True, lse=True), with_lse=a
 def pick(asked: Ask) -> Kernel:
     """The fastest exact kernel by the table of this machine, else by rules."""
     if asked.compiling:
-        return _by_rule(asked)
+        return tuned(asked) or _by_rule(asked)
     kernel = _PICKED.get(asked)
     if kernel is None:
         kernel = _PICKED[asked] = tuned(asked) or _by_rule(asked)

@@ -60,13 +60,13 @@ def backend(
             take a call; None raises.
         max_error: Guard mode: the first calls are compared with the exact kernel, and a larger
             error, relative to the root mean square of the exact output, raises.
-        calls: How many calls of each kind are compared.
+        calls: How many calls of each kind are compared; compiled code compares each.
 
     Raises:
         ValueError: No kernel has that name, or `fallback` is something else.
     """
     check_fallback(fallback)
-    guard = None if max_error is None else Guard(max_error, calls)
+    guard = None if max_error is None else Guard(named(name).name, max_error, calls)
     with within(name, guard, fallback):
         yield
 

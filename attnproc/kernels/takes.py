@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,6 +61,9 @@ class Ask(NamedTuple):
     lse: bool
     dropout: bool
     compiling: bool
+    window: tuple[int | None, int | None] | None = None
+    mods: tuple[str, ...] = ()
+    """The names of what masks by functions of positions."""
 
     @property
     def ragged(self) -> bool:
@@ -128,7 +132,14 @@ def ask(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, lse: bool = False) ->
         lse=lse,
         dropout=scoring.dropout > 0,
         compiling=torch.compiler.is_compiling(),
+        window=scoring.window,
+        mods=tuple(_name_of(mod) for mod in scoring.mods),
     )
+
+
+def _name_of(mod: Any) -> str:
+    """What a function of positions is called: by its type, where it is an object with settings."""
+    return mod.__name__ if isinstance(mod, FunctionType) else type(mod).__name__
 
 
 _NONE: frozenset[str] = frozenset()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import Bias, KernelCall, Keys, Mask, Scoring
+from ..types import Bias, KernelCall, Keys, Mask, MaskMod, Scoring
 from .base import Kernel, registered
 from .chunked import CHUNKED
 from .guard import error_of
@@ -19,10 +19,7 @@ from .scope import within
 from .takes import Ask, ask, why_not
 from .tuned import device_name, key_of, store
 
-__all__ = ["Timing", "Tuned", "autotune", "calls_of", "measure"]
-
-TUNABLE = frozenset({"keys", "dense", "bias", "learned", "causal"})
-"""Masks that can be made up; what a window or blocks hide is not known from the kind of call."""
+__all__ = ["Timing", "Tuned", "autotune", "calls_of", "measure", "untimed"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,16 @@ class Recorder:
     """Stands where a guard stands, and notes the kinds of calls."""
 
     found: dict[Ask, int] = field(default_factory=dict)
+    mods: dict[Ask, tuple[MaskMod, ...]] = field(default_factory=dict)
+    """What masks a kind of call by functions of positions: an example."""
 
     def run(
-        self, name: str, kernel: KernelCall, exact: KernelCall, *inputs: Tensor, scoring: Scoring
+        self, kernel: KernelCall, exact: KernelCall, *inputs: Tensor, scoring: Scoring
     ) -> Tensor:
         q, k, v = inputs
         kind = ask(q, k, v, scoring)
         self.found[kind] = self.found.get(kind, 0) + 1
+        self.mods[kind] = scoring.mods
         return exact(q, k, v, scoring)
 
 
@@ -90,11 +90,17 @@ def autotune(
         path: The file of the table; None is the usual one.
 
     Returns:
-        One outcome a kind of call; the table has them from now on. Kinds with masks by window or
-        blocks are left to the rules.
+        One outcome a kind of call; the table has them from now on.
+
+    Raises:
+        ValueError: A kind of call does not say what masks it.
     """
-    asks = list(calls_of(calls)) if callable(calls) else list(calls)
-    outcomes = [measure(a, max_error, seconds) for a in asks if a.kinds <= TUNABLE]
+    if callable(calls):
+        recorder = _recorded(calls)
+        asks, mods = list(recorder.found), recorder.mods
+    else:
+        asks, mods = list(calls), {}
+    outcomes = [measure(a, max_error, seconds, mods.get(a, ())) for a in asks]
     for device in {outcome.asked.device for outcome in outcomes}:
         found = {key_of(o.asked): o.best for o in outcomes if o.asked.device == device}
         store(found, device_name(device), path)
@@ -106,16 +112,32 @@ def calls_of(run: Callable[[], Any]) -> dict[Ask, int]:
     """The kinds of attention calls that `run` makes, and how often; layers that name a kernel of
     their own make none.
     """
+    return _recorded(run).found
+
+
+def _recorded(run: Callable[[], Any]) -> Recorder:
     recorder = Recorder()
     with within("auto", recorder):
         run()
-    return recorder.found
+    return recorder
 
 
-def measure(asked: Ask, max_error: float | None = None, seconds: float = 0.2) -> Tuned:
-    """Times the kernels at one kind of call, on made-up inputs."""
+def measure(
+    asked: Ask,
+    max_error: float | None = None,
+    seconds: float = 0.2,
+    mods: tuple[MaskMod, ...] = (),
+) -> Tuned:
+    """Times the kernels at one kind of call, on made-up inputs under the masks of that kind.
+
+    Raises:
+        ValueError: What masks the call is not known.
+    """
+    if reason := untimed(asked, mods):
+        raise ValueError(reason)
     q, k, v = _inputs(asked)
-    scoring = Scoring(mask=_mask(asked), causal="causal" in asked.kinds)
+    causal = "causal" in asked.kinds
+    scoring = Scoring(mask=_mask(asked), causal=causal, window=asked.window, mods=mods)
     with torch.no_grad():
         right = CHUNKED(q.float(), k.float(), v.float(), scoring)
     kernels = [
@@ -128,6 +150,15 @@ def measure(asked: Ask, max_error: float | None = None, seconds: float = 0.2) ->
     timings = [_timed(kernel, (q, k, v), scoring, right, asked, seconds) for kernel in kernels]
     timings.sort(key=lambda timing: timing.ms)
     return Tuned(asked, _best(timings, max_error), tuple(timings))
+
+
+def untimed(asked: Ask, mods: tuple[MaskMod, ...] = ()) -> str | None:
+    """Why a kind of call can't be timed: masks by position can't be made up."""
+    if "window" in asked.kinds and asked.window is None:
+        return "a call under a window is timed by the window's size, which is not given"
+    if "blocks" in asked.kinds and not mods:
+        return "a call under blocks is timed by its mask: give autotune a function that runs it"
+    return None
 
 
 def _best(timings: Sequence[Timing], max_error: float | None) -> str:

@@ -3,20 +3,23 @@
 It is a JSON file: devices by name, and in each the kernel of a kind of call. `autotune` writes it,
 the automatic choice reads it once. The file is ``$ATTNPROC_TUNED``, else
 ``attnproc/kernels.json`` in the user's folder of caches.
+
+Code under `torch.compile` looks into the table while it is traced, and keeps what it found.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
 
 from .base import Kernel, named
-from .takes import Ask, why_not
+from .takes import Ask, constant, why_not
 
-__all__ = ["default_path", "device_name", "key_of", "store", "table", "tuned", "use_table"]
+__all__ = ["default_path", "device_name", "is_tuned", "key_of", "store", "tuned", "use_table"]
 
 _table: dict[str, dict[str, str]] | None = None
 
@@ -41,7 +44,7 @@ def table() -> dict[str, dict[str, str]]:
 
 
 def use_table(path: str | Path | None) -> None:
-    """Reads another table from now on; None is no table."""
+    """Reads another table from now on; None is no table. Compiled code keeps its choices."""
     global _table
     _table = {} if path is None else json.loads(Path(path).read_text())
 
@@ -62,27 +65,75 @@ def store(found: dict[str, str], device: str, path: str | Path | None = None) ->
     return path
 
 
+@constant
+def is_tuned(device: str) -> bool:
+    """Whether the table has anything for this hardware."""
+    found = table()
+    return bool(found) and device_name(device) in found
+
+
 def tuned(asked: Ask) -> Kernel | None:
     """The kernel that `autotune` found for this kind of call, if it still takes it."""
-    entries = table().get(device_name(asked.device))
-    name = None if not entries or asked.lse else entries.get(key_of(asked))
-    if name is None:
+    if asked.lse or not is_tuned(asked.device):
         return None
-    try:
-        kernel = named(name)
-    except ValueError:
+    name = _traced(asked) if asked.compiling else _entries(asked.device).get(key_of(asked))
+    if name is None or not _is_known(name):
         return None
+    kernel = named(name)
     return None if why_not(kernel.takes, asked) else kernel
+
+
+def _traced(asked: Ask) -> str | None:
+    """The entry by comparing sizes: those of compiled code may be symbols, which make no key."""
+    sizes = _sizes(asked)
+    for others, name in _alike(asked.device, _form(asked)):
+        if len(sizes) == len(others) and all(a == b for a, b in zip(sizes, others, strict=True)):
+            return name
+    return None
+
+
+def _entries(device: str) -> dict[str, str]:
+    return table()[device_name(device)]
+
+
+@constant
+def _alike(device: str, form: str) -> tuple[tuple[tuple[int | None, ...], str], ...]:
+    """The sizes and kernels of the entries of one form."""
+    split = [(*key.partition(" | "), name) for key, name in _entries(device).items()]
+    return tuple((_read(sizes), name) for sizes, _, other, name in split if other == form)
+
+
+@constant
+def _is_known(name: str) -> bool:
+    """Whether the kernel is still here; its package may be gone."""
+    try:
+        return bool(named(name))
+    except ValueError:
+        return False
 
 
 def key_of(asked: Ask) -> str:
     """A kind of call in one line, as the table writes it."""
-    dtype = str(asked.dtype).removeprefix("torch.")
+    b, h, g, q, k, d, e, *window = _sizes(asked)
+    reach = f" window {window[0]},{window[1]}" if window else ""
+    return f"{b}x{h}/{g} {q}x{k} {d}/{e}{reach} | {_form(asked)}"
+
+
+def _read(sizes: str) -> tuple[int | None, ...]:
+    return tuple(None if n == "None" else int(n) for n in re.findall(r"\d+|None", sizes))
+
+
+def _sizes(asked: Ask) -> tuple[int | None, ...]:
+    """Batch, heads, heads of keys, queries, keys, channels, those of values, and a window's."""
+    return (*asked[2:9], *(asked.window or ()))
+
+
+def _form(asked: Ask) -> str:
+    """What a kind of call has beside its sizes."""
     masks = "&".join(sorted(asked.kinds)) or "no mask"
-    return (
-        f"{dtype} {asked.batch}x{asked.heads}/{asked.kv_heads} {asked.queries}x{asked.keys} "
-        f"{asked.dim}/{asked.v_dim} {masks}{' backward' if asked.backward else ''}"
-    )
+    mods = f" {','.join(asked.mods)}" if asked.mods else ""
+    dtype = str(asked.dtype).removeprefix("torch.")
+    return f"{dtype} {masks}{mods}{' backward' if asked.backward else ''}"
 
 
 def device_name(device: str) -> str:
