@@ -1,148 +1,269 @@
 """Times our processors beside diffusers' at the calls of real models, in one run.
 
-    python benchmarks/run.py --device cuda                     # all rows
-    python benchmarks/run.py --device cpu --shrink 16 --only "sd*"
+    python benchmarks/run.py --device cuda
+    python benchmarks/run.py --device cuda --modes compiled,backward --merge  # adds to that file
+    python benchmarks/run.py --shrink 16 --only "sd15*" --only "flux*"  # on a CPU
 
-Each row first passes a gate: both sides' outputs agree. Then, side by side: the eager call (median
-wall time), on a GPU the same call replayed as a CUDA graph, and peak memory above what was held
-before. Results go to `benchmarks/results/run-<device>.json` with versions and the command.
+A row first passes a gate: the outputs of both sides agree, and their gradients before a backward
+pass is timed. Then the modes, the sides by turns:
+
+    eager     wall time, amortised over many calls, and `host_ms`, the CPU's cost of a call
+    graph     the call replayed as a CUDA graph: the GPU's own time
+    compiled  under torch.compile, with the number of graphs and breaks
+    backward  forward and backward pass: wall time and, on a GPU, as a graph
+    peak      memory above what was held before: forward, and backward if that is asked too
+    floor     the linear layers and the fastest attention kernel alone (benchmarks/floor.py)
+
+Results go to `benchmarks/results/run-<device>-<dtype>.json` after each row.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import compiled as compiling
+import floor as floors
 import torch
 import typer
-from rich.progress import track
-from rows import ROWS, Row, Setting, make
-from torch import Tensor
+from measure import by_turns, graphed, host, peak_mib
+from results import RESULTS, Results, commit_here
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rows import ROWS, Row
+from sides import SIDES, Pair, difference, pair
 
-import attnproc
-from attnproc.verify.references import reference
-
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Found = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run measures by."""
+
+    device: str
+    dtype: torch.dtype
+    shrink: int
+    modes: tuple[str, ...]
+    seconds: float
+    compile_limit: float
 
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    only: Annotated[str, typer.Option(help="Pattern of the rows' names.")] = "*",
+    only: Annotated[list[str] | None, typer.Option(help="Pattern of rows; several add.")] = None,
+    modes: Annotated[
+        str, typer.Option(help="Of eager, graph, compiled, backward, peak, floor; by commas.")
+    ] = "eager,graph,peak,floor",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     shrink: Annotated[int, typer.Option(help="Divide the tokens, for small machines.")] = 1,
-    seconds: Annotated[float, typer.Option(help="Time a measurement.")] = 0.2,
+    seconds: Annotated[float, typer.Option(help="Time of one measurement.")] = 0.4,
+    compile_limit: Annotated[float, typer.Option(help="Seconds that compiling may take.")] = 60,
+    limit: Annotated[float, typer.Option(help="Seconds after which no row is begun.")] = 1e9,
+    merge: Annotated[bool, typer.Option(help="Add to the file in place of a new one.")] = False,
+    commit: Annotated[str | None, typer.Option(help="What is measured, without git.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
 ) -> None:
     """Times the rows and writes the JSON."""
-    rows = [row for row in ROWS if fnmatch.fnmatchcase(row.name, only)]
-    results = {row.name: _row(row, device, DTYPES[dtype], shrink, seconds) for row in track(rows)}
-    report = {"command": " ".join(sys.argv), "versions": _versions(device), "rows": results}
-    path = out or RESULTS / f"run-{device}-{dtype}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    for name, found in results.items():
-        print(name, json.dumps(found))
+    rows = chosen(ROWS, only)
+    options = Options(
+        device, _named("dtype", dtype, DTYPES), shrink, _modes(modes), seconds, compile_limit
+    )
+    results = Results(
+        out or RESULTS / f"run-{device}-{dtype}.json",
+        device,
+        commit or commit_here(),
+        merge=merge,
+        dtype=dtype,
+        shrink=shrink,
+    )
+    measured(rows, options, results, limit)
+    if any("failed" in results.rows[row.name] for row in rows if row.name in results.rows):
+        raise typer.Exit(1)
+
+
+def chosen(rows: list[Row], patterns: list[str] | None) -> list[Row]:
+    """The rows whose names match one of the patterns, or all."""
+    found = [
+        row
+        for row in rows
+        if not patterns or any(fnmatch.fnmatchcase(row.name, p) for p in patterns)
+    ]
+    if not found:
+        names = ", ".join(row.name for row in rows)
+        raise typer.BadParameter(f"only: no row matches {patterns}; there are {names}")
+    return found
+
+
+def measured(rows: list[Row], options: Options, results: Results, limit: float) -> None:
+    """Measures the rows into the file; a row that fails says why and does not end the run."""
+    end = time.perf_counter() + limit
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description:30}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=len(rows))
+        for row in rows:
+            if time.perf_counter() > end:
+                console.print(f"limit: {limit:g} s are over, left out from {row.name} on")
+                break
+            bar.update(task, description=row.name)
+            found = of_row(row, options)
+            results.add(row.name, found)
+            console.print(_line(row.name, found), highlight=False, soft_wrap=True)
+            bar.advance(task)
 
 
 @torch.no_grad()
-def _row(row: Row, device: str, dtype: torch.dtype, shrink: int, seconds: float) -> dict[str, Any]:
-    setting = make(row, device, dtype, shrink)
-    ours = getattr(attnproc, row.cls)(**row.init)
-    theirs = reference(row.cls, row.init)
-    if isinstance(theirs, torch.nn.Module):
-        theirs.to(device, dtype)
-        with torch.device("meta"):
-            ours = getattr(attnproc, row.cls)(**row.init)
-        ours.__dict__["_modules"] = dict(theirs.named_children())
+def of_row(row: Row, options: Options) -> dict[str, Any]:
+    """All that is asked about one row."""
     found: dict[str, Any] = {"class": row.cls}
     try:
-        found["difference"] = _difference(setting, ours, theirs)
+        both = pair(row, options.device, options.dtype, options.shrink)
+        found["difference"] = both.agree()
     except Exception as problem:
-        return {**found, "failed": f"{type(problem).__name__}: {problem}"[:300]}
-    if not found["difference"] < 2e-2:
-        return {**found, "failed": "the outputs differ"}
-    for side, processor in (("ours", ours), ("diffusers", theirs)):
-        found[side] = _measured(
-            lambda p=processor: p(setting.attn, **setting.inputs), device, seconds
-        )
+        return found | {"failed": _reason(problem)}
+    for mode in options.modes:
+        try:
+            more = MODES[mode](both, options)
+        except Exception as problem:
+            more = {"failures": {mode: _reason(problem)}}
+        for name, value in more.items():
+            found.setdefault(name, {}).update(value)
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
     return found
 
 
-def _difference(setting: Setting, ours: Any, theirs: Any) -> float:
-    """Largest difference of the outputs, relative to their size."""
-    pairs = zip(*(_flat(p(setting.attn, **setting.inputs)) for p in (ours, theirs)), strict=True)
-    return max(
-        ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6)).item()
-        for a, b in pairs
+def _eager(both: Pair, options: Options) -> Found:
+    calls = {side: both.call(side) for side in SIDES}
+    found = _times("eager", by_turns(calls, options.device, 2 * options.seconds))
+    if options.device == "cuda":
+        more = _times("host", host(calls, options.device, options.seconds / 2))
+        found = {side: found[side] | more[side] for side in SIDES}
+    return found
+
+
+def _graph(both: Pair, options: Options) -> Found:
+    if options.device != "cuda":
+        return {}
+    calls, failures = _each(lambda side: graphed(both.call(side)), "graph")
+    return _times("graph", by_turns(calls, "cuda", 2 * options.seconds)) | failures
+
+
+def _compiled(both: Pair, options: Options) -> Found:
+    compiling.forget()
+    made, failures = _each(
+        lambda side: compiling.compiled(both.call(side), options.compile_limit), "compiled"
     )
+    right = _first(both.call("diffusers")())
+    found: Found = {side: one.facts() for side, one in made.items()}
+    for side, one in made.items():
+        found[side]["compiled_difference"] = difference(_first(one.call()), right)
+    del right
+    calls = {side: one.call for side, one in made.items()}
+    times = _times("compiled", by_turns(calls, options.device, 2 * options.seconds))
+    compiling.forget()
+    return {side: found[side] | times[side] for side in found} | failures
 
 
-def _flat(out: Any) -> tuple[Tensor, ...]:
-    return out if isinstance(out, tuple) else (out,)
+def _backward(both: Pair, options: Options) -> Found:
+    gate = {"gate": {"gradient_difference": both.gradients_agree()}}
+    steps = {side: both.step(side) for side in SIDES}
+    found = _times("backward", by_turns(steps, options.device, 2 * options.seconds))
+    failures: Found = {}
+    if options.device == "cuda":
+        calls, failures = _each(lambda side: graphed(steps[side]), "backward graph")
+        more = _times("backward_graph", by_turns(calls, "cuda", 2 * options.seconds))
+        found = {side: found[side] | more.get(side, {}) for side in SIDES}
+    return gate | found | failures
 
 
-def _measured(call: Callable[[], Any], device: str, seconds: float) -> dict[str, float]:
-    for _ in range(3):
-        call()
-    found = {"eager_ms": _wall(call, device, seconds)}
-    if device == "cuda":
-        found["peak_mib"] = _peak(call)
-        found["graph_ms"] = _graph(call, seconds)
+def _peak(both: Pair, options: Options) -> Found:
+    found: Found = {}
+    for side in SIDES:
+        found[side] = {"peak_mib": round(peak_mib(both.call(side), options.device), 2)}
+        if "backward" in options.modes:
+            mib = peak_mib(both.step(side), options.device)
+            found[side]["backward_peak_mib"] = round(mib, 2)
     return found
 
 
-def _wall(call: Callable[[], Any], device: str, seconds: float) -> float:
-    """Median time of a call, each waited for."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+def _floor(both: Pair, options: Options) -> Found:
+    return {"floor": floors.floor(both, options.seconds)}
 
 
-def _peak(call: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - held) / 2**20
+# In this order whatever is asked: a call that can't be captured may leave the device unwell.
+MODES: dict[str, Callable[[Pair, Options], Found]] = {
+    "eager": _eager,
+    "peak": _peak,
+    "floor": _floor,
+    "backward": _backward,
+    "compiled": _compiled,
+    "graph": _graph,
+}
 
 
-def _graph(call: Callable[[], Any], seconds: float) -> float | None:
-    """Time of the GPU alone; None where the call can't be captured."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return _wall(graph.replay, "cuda", seconds)
+def _each(make: Callable[[str], Any], mode: str) -> tuple[dict[str, Any], Found]:
+    """What `make` gives for each side, and why it gave none."""
+    made: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    for side in SIDES:
+        try:
+            made[side] = make(side)
+        except Exception as problem:
+            failures[f"{side} {mode}"] = _reason(problem)
+    return made, {"failures": failures} if failures else {}
 
 
-def _versions(device: str) -> dict[str, str]:
-    import diffusers
+def _times(mode: str, times: dict[str, Any]) -> Found:
+    return {side: some.named(mode) for side, some in times.items()}
 
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "attnproc": attnproc.__version__,
-        "python": platform.python_version(),
-    }
+
+def _first(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def _reason(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0]}"[:300]
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    asked = [_named("modes", mode.strip(), {m: m for m in MODES}) for mode in text.split(",")]
+    return tuple(mode for mode in MODES if mode in asked)
+
+
+def _named(option: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        raise typer.BadParameter(f"{option} is {name!r}: choose of {', '.join(known)}")
+    return known[name]
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    """A row's figures as ours / diffusers', in ms."""
+    if "failed" in found:
+        return f"{name:26} failed: {found['failed']}"
+    parts = [f"{name:26}"]
+    for key in found.get("ours", {}):
+        if key.endswith(("_ms", "peak_mib")) and "_min_" not in key:
+            pair = (f"{found.get(side, {}).get(key, float('nan')):.3f}" for side in SIDES)
+            parts.append(f"{key.removesuffix('_ms')} {'/'.join(pair)}")
+    if "floor" in found:
+        parts.append(f"floor {found['floor']['ms']:.3f}")
+    if "graphs" in found.get("ours", {}):
+        parts.append(f"breaks {found['ours']['breaks']}")
+    return "  ".join(parts + [f"{k}: {v}" for k, v in found.get("failures", {}).items()])
 
 
 if __name__ == "__main__":
