@@ -50,7 +50,7 @@ def arranged(at: Site, streams: Streams, rotary: Rotary | None) -> QKV | None:
     if norms[0] is False or norms[1] is False or tables is None:
         return None
     of_image, of_text = norms[0], norms[1] or (None, None)
-    if of_image == of_text == tables == (None, None):
+    if all(part is None for part in (*of_image, *of_text, *tables)):
         return None
     hows = [
         _how(
@@ -62,7 +62,7 @@ def arranged(at: Site, streams: Streams, rotary: Rotary | None) -> QKV | None:
         )
         for n, norm, other, table in zip("qk", of_image, of_text, tables, strict=True)
     ]
-    if None in hows:
+    if any(how is None for how in hows):
         return None
     both = QKV(None, None, None)
     for name, how in zip("qk", hows, strict=True):
