@@ -1,7 +1,8 @@
 """Stand-ins for attention packages that need hardware: they record, refuse, and compute in torch.
 
 Each has the real function's arguments, refuses what the real one refuses, and returns what it is
-documented to return, so that an adapter is tested for layout, scale and mask on any machine. A
+documented to return, so that an adapter is tested for layout, scale and mask on any machine. What
+the packages of `attnproc.verify.fakes` compute is computed there. A
 fixture puts each under the package's name for one test::
 
     def test_it(fake_xformers):
@@ -24,10 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnproc.verify import fakes as plain
+
 __all__ = [
+    "FakeAiter",
     "FakeFlash",
     "FakeHub",
     "FakeSage",
+    "FakeSage3",
     "FakeTorchNPU",
     "FakeTorchXLA",
     "FakeXFormers",
@@ -118,17 +123,18 @@ class FakeXFormers:
             }
         )
         self._check(query, key, value, p)
-        # The real one calls 3-D inputs one head: [B, M, K] is [B, 1, M, K] after this.
-        q, k, v = (
-            x.unsqueeze(1) if x.ndim == 3 else x.movedim(1, -2) for x in (query, key, value)
-        )
-        scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+        heads = query.shape[2:-1]
+        queries, keys = query.shape[1], key.shape[1]
+        scores = (query.shape[0], *heads, queries, keys)
         if isinstance(attn_bias, LowerTriangularMask):
-            scores = _causal(scores)
+            attn_bias = _causal(query.new_zeros(1).expand(scores))
         elif attn_bias is not None:
-            scores = scores + self._bias(attn_bias, query, scores)
-        out = _weighted(scores, v, p)
-        return out.squeeze(1) if query.ndim == 3 else out.movedim(-2, 1)
+            self._bias(attn_bias, query, scores)
+        if len(heads) == 2:
+            query, key, value = (x.flatten(2, 3) for x in (query, key, value))
+            attn_bias = attn_bias if attn_bias is None else attn_bias.flatten(1, 2)
+        out = plain.memory_efficient_attention(query, key, value, attn_bias, p, scale)
+        return out.unflatten(2, heads) if len(heads) == 2 else out
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, p: float) -> None:
         inputs = (query, key, value)
@@ -154,14 +160,13 @@ class FakeXFormers:
             and any(x.shape[-1] % alignment for x in inputs),
         )
 
-    def _bias(self, bias: object, query: Tensor, scores: Tensor) -> Tensor:
+    def _bias(self, bias: object, query: Tensor, scores: tuple[int, ...]) -> None:
         if not isinstance(bias, Tensor):
             raise NotImplementedError(f"attn_bias type is {type(bias)}")
-        shape = scores.squeeze(1).shape if query.ndim == 3 else scores.shape
         _refuse(
             ValueError,
             attn_bias_needs_the_dtype_of_the_query=bias.dtype != query.dtype,
-            attn_bias_needs_the_full_shape_of_the_scores=bias.shape != shape,
+            attn_bias_needs_the_full_shape_of_the_scores=bias.shape != scores,
         )
         alignment = 128 // torch.finfo(bias.dtype).bits
         _refuse(
@@ -169,7 +174,6 @@ class FakeXFormers:
             attn_bias_strides_are_not_aligned=any(s % alignment for s in bias.stride()[:-1]),
             attn_bias_last_stride_is_not_1=bias.stride(-1) > 1,
         )
-        return bias.reshape(scores.shape)
 
 
 class FakeTorchNPU:
@@ -211,19 +215,25 @@ class FakeTorchNPU:
         self._check(given)
         swap = input_layout == "BSND"
         q, k, v = (x.transpose(1, 2) if swap else x for x in (query, key, value))
-        groups = self._groups(q, k, v, head_num)
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        scores = (q @ k.mT).float()
-        if pse is not None:
-            scores = scores + self._pse(pse, scores)
-        scores = self._masked(scores * scale, atten_mask, sparse_mode)
-        out = _weighted(scores, v, 1 - keep_prob)
-
-        top = scores.amax(-1, keepdim=True)
-        total = (scores - top).exp().sum(-1, keepdim=True)
-        # The device keeps each statistic eight times over.
-        statistics = (top.repeat(1, 1, 1, 8), total.repeat(1, 1, 1, 8))
-        return (out.transpose(1, 2) if swap else out, *statistics, out.new_empty(0), 0, 0, 0)
+        self._check_heads(q, k, head_num)
+        shape = (*q.shape[:3], k.shape[2])
+        self._check_pse(pse, q.dtype, shape)
+        self._check_mask(atten_mask, sparse_mode, shape)
+        if sparse_mode:
+            seen = _causal(torch.zeros(shape[2:]), bottom_right=sparse_mode == 3)
+            atten_mask = seen == float("-inf")
+        out, *rest = plain.npu_fusion_attention(
+            q,
+            k,
+            v,
+            head_num,
+            "BNSD",
+            pse=pse,
+            atten_mask=atten_mask,
+            scale=scale,
+            keep_prob=keep_prob,
+        )
+        return (out.transpose(1, 2) if swap else out, *rest)
 
     def _check(self, given: dict[str, Any]) -> None:
         query, key, value = given["query"], given["key"], given["value"]
@@ -245,48 +255,38 @@ class FakeTorchNPU:
             head_dimension_is_no_multiple_of_16=self.device_sizes and width % 16 != 0,
         )
 
-    def _groups(self, q: Tensor, k: Tensor, v: Tensor, head_num: int) -> int:
+    def _check_heads(self, q: Tensor, k: Tensor, head_num: int) -> None:
         _refuse(
             RuntimeError,
             head_num_is_not_the_number_of_query_heads=q.shape[1] != head_num,
             key_heads_do_not_divide_query_heads=q.shape[1] % k.shape[1] != 0,
             batch_or_width_differ=q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1],
         )
-        return q.shape[1] // k.shape[1]
 
-    def _pse(self, pse: Tensor, scores: Tensor) -> Tensor:
-        batch, heads, queries, keys = scores.shape
-        shapes = (
-            (batch, heads, queries, keys),
-            (batch, heads, 1, keys),
-            (1, heads, queries, keys),
-        )
+    def _check_pse(self, pse: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        batch, heads, queries, keys = shape
+        shapes = (shape, (batch, heads, 1, keys), (1, heads, queries, keys))
         _refuse(
             RuntimeError,
-            pse_is_not_BNSS_BN1S_or_1NSS=tuple(pse.shape) not in shapes,
-            pse_needs_the_dtype_of_the_query=pse.dtype != self.calls[-1]["query"].dtype,
+            pse_is_not_BNSS_BN1S_or_1NSS=pse is not None and tuple(pse.shape) not in shapes,
+            pse_needs_the_dtype_of_the_query=pse is not None and pse.dtype != dtype,
         )
-        return pse.float()
 
-    def _masked(self, scores: Tensor, mask: Tensor | None, sparse_mode: int) -> Tensor:
+    def _check_mask(self, mask: Tensor | None, sparse_mode: int, shape: tuple[int, ...]) -> None:
+        batch, heads, *inner = shape
+        shapes = [(*lead, *inner) for lead in ((batch, heads), (batch, 1), (1, 1), ())]
+        compressed = sparse_mode > 0
+        given = mask is not None
         _refuse(
             RuntimeError,
-            atten_mask_is_neither_bool_nor_uint8=mask is not None
+            atten_mask_is_neither_bool_nor_uint8=given
             and mask.dtype not in (torch.bool, torch.uint8),
-            sparse_modes_2_and_3_need_the_compressed_mask=sparse_mode > 0
-            and (mask is None or tuple(mask.shape) != (2048, 2048)),
+            sparse_modes_2_and_3_need_the_compressed_mask=compressed
+            and (not given or tuple(mask.shape) != (2048, 2048)),
+            atten_mask_is_not_BNSS_B1SS_11SS_or_SS=given
+            and not compressed
+            and tuple(mask.shape) not in shapes,
         )
-        if sparse_mode:
-            return _causal(scores, bottom_right=sparse_mode == 3)
-        if mask is None:
-            return scores
-        batch, heads, *inner = scores.shape
-        leads = ((batch, heads), (batch, 1), (1, 1), ())
-        shapes = [(*lead, *inner) for lead in leads]
-        _refuse(
-            RuntimeError, atten_mask_is_not_BNSS_B1SS_11SS_or_SS=tuple(mask.shape) not in shapes
-        )
-        return scores.masked_fill(mask.bool(), torch.finfo(scores.dtype).min)
 
 
 class FakeTorchXLA:
@@ -323,14 +323,11 @@ class FakeTorchXLA:
         given = {name: value for name, value in locals().items() if name != "self"}
         self.calls.append(given)
         self._check(given)
-        scores = (q @ k.mT).float()
-        if ab is not None:
-            scores = scores + ab.float()
-        scores = scores * sm_scale
         if q_segment_ids is not None and kv_segment_ids is not None:
             other = q_segment_ids[:, None, :, None] != kv_segment_ids[:, None, None, :]
-            scores = scores.masked_fill(other, torch.finfo(scores.dtype).min)
-        return _weighted(_causal(scores) if causal else scores, v)
+            hidden = torch.zeros(()).masked_fill(other, torch.finfo(torch.float32).min)
+            ab = hidden if ab is None else ab + hidden
+        return plain.flash_attention(q, k, v, causal, sm_scale=sm_scale, ab=ab)
 
     def _check(self, given: dict[str, Any]) -> None:
         q, k, v, ab = given["q"], given["k"], given["v"], given["ab"]
@@ -543,17 +540,85 @@ class FakeSage:
         return FakeFlash()._packed(q, k, v, starts, sm_scale, window, lse=False)
 
 
+class FakeSage3:
+    """`sageattn3_blackwell`: exact here; any further argument is taken without a word.
+
+    As the real one: [B, H, S, D] in half precision (single is let pass here), 64 or 128 channels,
+    as many key as query heads; the scale is ``D ** -0.5`` whatever is given; a mask is ignored;
+    the mean of the keys is taken off them in place.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def sageattn3_blackwell(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        per_block_mean: bool = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        self.calls.append({"attn_mask": attn_mask, "is_causal": is_causal, "kwargs": kwargs})
+        _refuse(
+            RuntimeError,
+            channels_are_not_64_or_128=q.shape[-1] not in (64, 128),
+            heads_differ=q.shape[1] != k.shape[1],
+        )
+        k -= k.mean(dim=-2, keepdim=True)
+        scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+        return _weighted(_causal(scores) if is_causal else scores, v)
+
+
+class FakeAiter:
+    """`flash_attn_func` of AITER: bfloat16 alone, forward alone; `calls` as above.
+
+    As the real one: [B, S, H, D]; masks count from the end of both sequences; gives the output,
+    then the log-sum-exp if `return_lse`, then probabilities if `return_attn_probs`.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def flash_attn_func(
+        self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+        bias=None, alibi_slopes=None, deterministic=True, return_lse=False,
+        return_attn_probs=False,
+    ) -> Any:  # fmt: skip
+        self.calls.append({"softmax_scale": softmax_scale, "window_size": window_size})
+        _refuse(RuntimeError, invalid_argument_for_fmha_fwd=q.dtype != torch.bfloat16)
+        window = (window_size[0], 0) if causal else window_size
+        q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
+        out, lse = FakeFlash()._attend(q, k, v, softmax_scale, window)
+        out = out.transpose(1, 2).bfloat16()
+        found = [out, *([lse] if return_lse else []), *([None] if return_attn_probs else [])]
+        return tuple(found) if len(found) > 1 else out
+
+
 class FakeHub:
-    """`kernels.get_kernel`: hands out flash-attn 2, and notes what was asked for."""
+    """`kernels.get_kernel`: hands out the fake of a repository, and notes what was asked for."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str | None]] = []
-        self.flash = FakeFlash(2)
+        self.flash, self.sage, self.sage3 = FakeFlash(2), FakeSage(), FakeSage3()
+        self.aiter = FakeAiter()
 
     def get_kernel(self, repo_id: str, revision: str | None = None, **options: Any) -> ModuleType:
         self.calls.append((repo_id, revision))
+        functions: dict[str, dict[str, Any]] = {
+            "kernels-community/flash-attn2": self.flash.functions,
+            "kernels-community/aiter-flash-attn-ck": {
+                "flash_attn_func": self.aiter.flash_attn_func
+            },
+            "SageAttention/sage-attention": {"sageattn": self.sage.sageattn},
+            "SageAttention/sage-blackwell": {
+                "sageattn3_blackwell": self.sage3.sageattn3_blackwell
+            },
+        }
         module = ModuleType(repo_id)
-        module.__dict__.update(self.flash.functions)
+        module.__dict__.update(functions[repo_id])
         return module
 
 

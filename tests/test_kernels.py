@@ -143,6 +143,72 @@ def test_the_hub_is_asked_for_a_named_revision_alone(fake_hub: FakeHub) -> None:
         use_hub("math", revision="abc123")
 
 
+def of_hub(
+    name: str, channels: int, heads: int, dtype: torch.dtype
+) -> tuple[Kernel, list[Tensor]]:
+    """A kernel of the hub that may be fetched, and inputs for it."""
+    use_hub(name, revision="abc123")
+    torch.manual_seed(0)
+    shapes = ((3, 4, 7, channels), (3, heads, 7, channels), (3, heads, 7, channels))
+    return named(name), [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.parametrize("case", ["none", "scale", "causal"])
+@torch.no_grad()
+def test_sage_of_the_hub(case: str, fake_hub: FakeHub) -> None:
+    scoring = SCORINGS[case]
+    kernel, qkv = of_hub("sage_hub", 8, 2, torch.float32)
+    torch.testing.assert_close(kernel(*qkv, scoring), REFERENCE(*qkv, scoring))
+    assert all(not call["kwargs"] for call in fake_hub.sage.calls)
+
+    kernel, qkv = of_hub("sage_blackwell_hub", 64, 4, torch.float32)
+    before = [t.clone() for t in qkv]
+    torch.testing.assert_close(kernel(*qkv, scoring), REFERENCE(*before, scoring))
+    assert all(map(torch.equal, qkv, before))
+    (call,) = fake_hub.sage3.calls
+    assert call == {"attn_mask": None, "is_causal": scoring.causal, "kwargs": {}}
+    if case == "scale":
+        tensor = Scoring(scale=torch.tensor(0.3))
+        torch.testing.assert_close(kernel(*qkv, tensor), REFERENCE(*qkv, scoring))
+
+
+@pytest.mark.usefixtures("undecided")
+@pytest.mark.parametrize("case", ["none", "scale", "causal", "window", "causal window"])
+@torch.no_grad()
+def test_aiter_of_the_hub(case: str, fake_hub: FakeHub) -> None:
+    scoring = SCORINGS[case]
+    kernel, qkv = of_hub("aiter_fa2_hub", 8, 2, torch.bfloat16)
+    wide = [t.float() for t in qkv]
+    o, lse = kernel.with_lse(*qkv, scoring, *kernel.options)
+    right, right_lse = REFERENCE.with_lse(*wide, scoring)
+    torch.testing.assert_close(o.float(), right, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lse, right_lse)
+    assert torch.equal(kernel(*qkv, scoring), o)
+
+
+@pytest.mark.usefixtures("undecided", "fake_hub")
+@pytest.mark.parametrize(
+    ("name", "heads", "channels", "dtype", "reason"),
+    [
+        ("sage_blackwell_hub", 4, 40, torch.bfloat16, "40 channels a head: it takes 64 to 128"),
+        ("sage_blackwell_hub", 4, 96, torch.bfloat16, "in steps of 64"),
+        ("sage_blackwell_hub", 2, 64, torch.bfloat16, "2 key heads for 4 query heads"),
+        ("aiter_fa2_hub", 4, 64, torch.float16, "dtype float16: it takes bfloat16"),
+    ],
+)
+def test_kernels_of_the_hub_refuse(
+    name: str, heads: int, channels: int, dtype: torch.dtype, reason: str
+) -> None:
+    kernel, qkv = of_hub(name, channels, heads, dtype)
+    asked = ask(*qkv, Scoring())._replace(device="cuda")
+    assert any(reason in found for found in why_not(kernel.takes, asked))
+    graded = asked._replace(backward=True, kinds=frozenset({"keys"}))
+    reasons = why_not(kernel.takes, graded)
+    assert "gradients: it has no backward" in reasons
+    assert any(found.startswith("mask keys") for found in reasons)
+
+
 def test_packing_is_static_and_keeps_the_rest_out() -> None:
     q, k, v = inputs()
     packed = pack(q, k, v, Scoring(mask=Keys(VALID)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..types import Scoring
@@ -77,14 +78,21 @@ def use_hub(name: str, revision: str) -> None:
 
 def hub_sage(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, library: HubLibrary) -> Tensor:
     """SageAttention from the hub."""
-    module = library.load()
-    run = getattr(module, "sageattn", None) or module.sageattn3_blackwell
-    if run.__name__ == "sageattn3_blackwell":
-        # It has no argument for the scale.
-        q = q * (1.0 if scoring.scale is None else scoring.scale * q.shape[-1] ** 0.5)
-        return run(q, k, v, is_causal=scoring.causal)
     scale = factor(q, scoring)
+    run = library.load().sageattn
     return run(q, k, v, tensor_layout="HND", is_causal=scoring.causal, sm_scale=scale)
+
+
+def hub_sage3(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, library: HubLibrary) -> Tensor:
+    """SageAttention 3 from the hub, for Blackwell.
+
+    Source: https://arxiv.org/abs/2505.11594
+    """
+    if scoring.scale is not None:
+        # It has no argument for the scale.
+        q = q * (scoring.scale * q.shape[-1] ** 0.5)
+    # It writes to the keys that it gets.
+    return library.load().sageattn3_blackwell(q, k.clone(), v, is_causal=scoring.causal)
 
 
 def _undecided(repo: str) -> str:
@@ -106,17 +114,19 @@ class _Decided:
         return undecided or (self.inner(asked) if self.inner else None)
 
 
-def _hub(name: str, library: HubLibrary, like: Kernel, **changes: Any) -> Kernel:
+def _hub(
+    name: str, library: HubLibrary, like: Kernel, run: Any = hub_sage, **changes: Any
+) -> Kernel:
     takes = replace(
         like.takes,
         needs="kernels",
         install=_INSTALL,
         also=_Decided(library.repo, like.takes.also),
-        **changes,
     )
     if like.run is flash:
+        takes = replace(takes, **changes)
         return Kernel(name, flash, (library,), takes=takes, with_lse=flash_lse)
-    return Kernel(name, hub_sage, (library,), takes=replace(takes, lse=False))
+    return Kernel(name, run, (library,), takes=replace(takes, lse=False, **changes))
 
 
 HUB = (
@@ -127,7 +137,22 @@ HUB = (
         HubLibrary("kernels-community/flash-attn4", None, None, "return_lse"),
         FLASH4,
     ),
-    _hub("aiter_fa2_hub", HubLibrary("kernels-community/aiter-flash-attn-ck"), FLASH2),
+    # Of AITER's kernels it has the forward ones in bfloat16.
+    _hub(
+        "aiter_fa2_hub",
+        HubLibrary("kernels-community/aiter-flash-attn-ck", wants_lse="return_lse"),
+        FLASH2,
+        dtypes=(torch.bfloat16,),
+        masks=frozenset({"causal", "window"}),
+        backward=False,
+    ),
     _hub("sage_hub", HubLibrary("SageAttention/sage-attention"), SAGE[0]),
-    _hub("sage_blackwell_hub", HubLibrary("SageAttention/sage-blackwell"), SAGE[0], gqa=False),
+    _hub(
+        "sage_blackwell_hub",
+        HubLibrary("SageAttention/sage-blackwell"),
+        SAGE[0],
+        hub_sage3,
+        dims=(64, 128, 64),
+        gqa=False,
+    ),
 )

@@ -1,7 +1,8 @@
 """Stand-ins for packages that are not here: their attention calls, in plain torch.
 
 `installed()` puts them where both sides import from, so that classes for xFormers, NPU and XLA
-run anywhere; a package that is there is left alone.
+run anywhere; a package that is there is left alone. The tests' fakes, which record and refuse
+besides, compute by these.
 """
 
 from __future__ import annotations
@@ -16,9 +17,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["installed"]
+__all__ = [
+    "attend",
+    "flash_attention",
+    "installed",
+    "memory_efficient_attention",
+    "npu_fusion_attention",
+]
 
 
 def memory_efficient_attention(
@@ -38,7 +46,7 @@ def memory_efficient_attention(
     scores = (*q.shape[:-1], k.shape[-2])
     if attn_bias is not None and tuple(attn_bias.shape) != scores:
         raise ValueError(f"attn_bias is {list(attn_bias.shape)}, the scores are {list(scores)}")
-    o = _softmax(q, k, v, attn_bias, scale)
+    o = attend(q, k, v, attn_bias, scale, p)[0]
     return o if flat else o.transpose(1, 2)
 
 
@@ -54,14 +62,25 @@ def npu_fusion_attention(
     scale: float = 1.0,
     keep_prob: float = 1.0,
     **tuning: Any,
-) -> tuple[Tensor, ...]:
-    """torch_npu: BNSD; `pse` is added before the scale, True in the mask hides a key."""
-    assert (input_layout, head_num, keep_prob) == ("BNSD", query.shape[1], 1.0)
+) -> tuple[Any, ...]:
+    """torch_npu: BNSD; `pse` is added before the scale, True in the mask hides a key.
+
+    Returns:
+        The output, maximum and sum of the scores' exponentials, each eight times over, and four
+        values that only its backward needs.
+    """
+    if (input_layout, head_num) != ("BNSD", query.shape[1]):
+        raise ValueError(f"the stand-in knows BNSD with all heads, not {input_layout}, {head_num}")
     bias = torch.zeros(1, 1, 1, 1) if pse is None else pse.float() * scale
     if atten_mask is not None:
         bias = bias.expand(*bias.shape[:2], *atten_mask.shape[-2:])
-        bias = bias.masked_fill(atten_mask.bool(), -math.inf)
-    return (_softmax(query, key, value, bias, scale),)
+        bias = bias.masked_fill(atten_mask.bool(), torch.finfo(torch.float32).min)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    o, scores = attend(query, key, value, bias, scale, 1 - keep_prob)
+    top = scores.amax(dim=-1, keepdim=True)
+    total = (scores - top).exp().sum(dim=-1, keepdim=True)
+    return (o, *(t.repeat(1, 1, 1, 8) for t in (top, total)), o.new_empty(0), 0, 0, 0)
 
 
 def flash_attention(
@@ -78,15 +97,18 @@ def flash_attention(
     bias = torch.zeros(1, 1, 1, 1) if ab is None else ab.float() * sm_scale
     if causal:
         bias = bias + torch.full((q.shape[-2], k.shape[-2]), -math.inf).triu(1)
-    return _softmax(q, k, v, bias, sm_scale)
+    return attend(q, k, v, bias, sm_scale)[0]
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The output ``[..., Q, D]`` in the dtype of `v`, and the scores ``[..., Q, K]``."""
     accumulate = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.mT).to(accumulate) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + bias
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+    return F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype) @ v, scores
 
 
 def _package(name: str, **content: Any) -> ModuleType:
