@@ -140,8 +140,16 @@ def graphed(call: Call, copies: int = 1) -> Call:
                 call()
     except BaseException:
         torch.cuda.synchronize()
+        _renew_generator()
         raise
     return graph.replay
+
+
+def _renew_generator() -> None:
+    """A capture that failed leaves the GPU's generator believing that it is captured still."""
+    fresh = torch.Generator("cuda").graphsafe_get_state()
+    index = torch.cuda.current_device()
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh)
 
 
 def peak_mib(call: Call, device: str) -> float:

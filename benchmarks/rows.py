@@ -1,19 +1,30 @@
 """Attention calls at the sizes that published models make them, one a row.
 
-A row names a processor class, the module it runs on, and the call's inputs. Sizes are divided by
-`shrink` along the tokens for trials on small machines.
+A row names a processor class, the module it runs on, and the call's inputs. For small machines
+`shrink` divides the tokens, of the image and of a long text; widths stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ROWS", "Row", "Setting", "make"]
+__all__ = ["ROWS", "Row", "Setting", "Tokens", "make"]
+
+Random = Callable[..., Tensor]
+# A text as long as this shrinks with the image; a shorter one is what cross attention sees.
+_LONG_TEXT = 200
+
+
+class Tokens(NamedTuple):
+    """How many there are of the image and of the text."""
+
+    image: int
+    text: int
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,9 @@ class Row:
         module: Arguments of the attention module, or of `kind`.
         kind: "attention", "flux", "mochi" or "multiscale".
         init: Arguments of the processor.
-        more: Makes further inputs, given the number of image tokens and a tensor factory.
+        more: Makes further inputs, given the numbers of tokens and a tensor factory.
         fuse: Whether projections are fused.
+        small: By what the tokens are divided on a CPU, so that a call takes 5 to 200 ms there.
     """
 
     name: str
@@ -39,8 +51,9 @@ class Row:
     module: dict[str, Any] = field(default_factory=dict)
     kind: str = "attention"
     init: dict[str, Any] = field(default_factory=dict)
-    more: Callable[[int, Callable[..., Tensor]], dict[str, Any]] | None = None
+    more: Callable[[Tokens, Random], dict[str, Any]] | None = None
     fuse: bool = False
+    small: int = 16
 
 
 @dataclass
@@ -53,18 +66,28 @@ class Setting:
 
 
 def make(row: Row, device: str, dtype: torch.dtype, shrink: int = 1) -> Setting:
-    """Builds the row's module with random weights, and its inputs."""
+    """Builds the row's module with random weights, and its inputs.
+
+    Args:
+        row: The row.
+        device: "cpu" or "cuda".
+        dtype: Of weights and inputs; rotary tables are float32.
+        shrink: Divides the tokens; 0 is as the row says for a CPU.
+    """
+    shrink = shrink or row.small
     torch.manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         # Made on the CPU: a graph that can't be captured leaves the GPU's generator unusable.
         return torch.randn(shape).to(device, dtype)
 
-    x = _shrunk(row.x, shrink)
+    x, text = _shrunk(row.x, shrink), row.text
     inputs: dict[str, Any] = {"hidden_states": random(*x)}
-    if row.text is not None:
-        inputs["encoder_hidden_states"] = random(*row.text)
-    tokens = x[1] if len(x) == 3 else x[2] * x[3]
+    if text is not None:
+        if text[1] >= _LONG_TEXT:
+            text = (text[0], max(text[1] // shrink, min(text[1], 8)), text[2])
+        inputs["encoder_hidden_states"] = random(*text)
+    tokens = Tokens(x[1] if len(x) == 3 else x[2] * x[3], 0 if text is None else text[1])
     if row.more is not None:
         inputs |= row.more(tokens, random)
     attn = _module(row).to(device, dtype).eval()
@@ -74,6 +97,9 @@ def make(row: Row, device: str, dtype: torch.dtype, shrink: int = 1) -> Setting:
 
 
 def _shrunk(shape: tuple[int, ...], shrink: int) -> tuple[int, ...]:
+    if shape[0] > shape[1]:
+        # Attention over time: the places are many, not the tokens.
+        return (max(shape[0] // shrink, 1), *shape[1:])
     if len(shape) == 3:
         return (shape[0], max(shape[1] // shrink, 1), shape[2])
     side = max(int(shape[2] / shrink**0.5), 1)
@@ -93,47 +119,47 @@ def _module(row: Row) -> nn.Module:
     return home.Attention(**row.module)
 
 
-def _pairs(width: int, text: int = 0, name: str = "image_rotary_emb") -> Any:
-    def more(tokens: int, random: Callable[..., Tensor]) -> dict[str, Any]:
-        angles = random(tokens + text, width).float()
+def _pairs(width: int, name: str = "image_rotary_emb", joint: bool = False) -> Any:
+    def more(tokens: Tokens, random: Random) -> dict[str, Any]:
+        angles = random(tokens.image + (tokens.text if joint else 0), width).float()
         return {name: (angles.cos(), angles.sin())}
 
     return more
 
 
-def _prompts(tokens: int, random: Callable[..., Tensor]) -> dict[str, Any]:
+def _prompts(tokens: Tokens, random: Random) -> dict[str, Any]:
     states = [random(2, 1, 16, 2048), random(2, 1, 4, 2048)]
     return {"encoder_hidden_states": (random(2, 77, 2048), states)}
 
 
-def _sd3_prompt(tokens: int, random: Callable[..., Tensor]) -> dict[str, Any]:
+def _sd3_prompt(tokens: Tokens, random: Random) -> dict[str, Any]:
     return {"ip_hidden_states": random(2, 64, 2432), "temb": random(2, 1280)}
 
 
-def _flux_prompt(tokens: int, random: Callable[..., Tensor]) -> dict[str, Any]:
-    rope = _pairs(128, 512)(tokens, random)
+def _flux_prompt(tokens: Tokens, random: Random) -> dict[str, Any]:
+    rope = _pairs(128, joint=True)(tokens, random)
     return {**rope, "ip_hidden_states": [random(1, 4, 4096)]}
 
 
-def _mochi(tokens: int, random: Callable[..., Tensor]) -> dict[str, Any]:
-    angles = random(tokens, 24, 64).float()
-    lengths = torch.tensor([64, 200], device=angles.device)
-    mask = torch.arange(256, device=angles.device) < lengths[:, None]
+def _mochi(tokens: Tokens, random: Random) -> dict[str, Any]:
+    angles = random(tokens.image, 24, 64).float()
+    lengths = torch.tensor([0.25, 0.78125], device=angles.device) * tokens.text
+    mask = torch.arange(tokens.text, device=angles.device) < lengths[:, None]
     return {"attention_mask": mask, "image_rotary_emb": (angles.cos(), angles.sin())}
 
 
-def _lumina(tokens: int, random: Callable[..., Tensor]) -> dict[str, Any]:
-    angles = random(1, tokens, 36).float()
+def _lumina(tokens: Tokens, random: Random) -> dict[str, Any]:
+    angles = random(1, tokens.image, 36).float()
     table = torch.polar(torch.ones_like(angles), angles)
-    x = random(2, tokens, 2304)
-    mask = torch.ones(2, tokens, dtype=torch.bool, device=angles.device)
+    x = random(2, tokens.image, 2304)
+    mask = torch.ones(2, tokens.image, dtype=torch.bool, device=angles.device)
     both = {"hidden_states": x, "encoder_hidden_states": x, "attention_mask": mask}
     return {**both, "query_rotary_emb": table, "key_rotary_emb": table}
 
 
-def _allegro(tokens: int, random: Callable[..., Tensor]) -> dict[str, Any]:
+def _allegro(tokens: Tokens, random: Random) -> dict[str, Any]:
     angles = [random(64, 32).float() for _ in range(3)]
-    where = [torch.randint(0, 64, (1, tokens), device=a.device) for a in angles]
+    where = [torch.randint(0, 64, (1, tokens.image), device=a.device) for a in angles]
     return {"image_rotary_emb": ([(a.cos(), a.sin()) for a in angles], where)}
 
 
@@ -245,7 +271,7 @@ ROWS = [
         (1, 512, 3072),
         _DOUBLE,
         "flux",
-        more=_pairs(128, 512),
+        more=_pairs(128, joint=True),
     ),
     Row(
         "flux-fused-double-4096",
@@ -254,7 +280,7 @@ ROWS = [
         (1, 512, 3072),
         _DOUBLE,
         "flux",
-        more=_pairs(128, 512),
+        more=_pairs(128, joint=True),
         fuse=True,
     ),
     Row(

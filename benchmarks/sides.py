@@ -5,6 +5,7 @@ Before anything is timed the sides must agree, in outputs and, where it runs, in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +76,14 @@ class Pair:
         ours, theirs = (_flat(self.call(side)()) for side in SIDES)
         if len(ours) != len(theirs):
             raise Disagreement(f"{len(ours)} outputs, diffusers has {len(theirs)}")
-        found = max(map(difference, ours, theirs))
+        found = max(map(difference, ours, theirs), key=_nan_first)
         return _within(found, TOLERANCES[self.dtype][0], "outputs")
 
     def gradients_agree(self) -> float:
-        """The difference of the gradients; those that are zero but for rounding count less.
+        """The difference of the gradients.
+
+        Some are zero but for rounding (a key's bias), so each counts relative to a tenth of the
+        largest of its kind at least: of biases, of matrices, of inputs.
 
         Raises:
             Disagreement: It is larger than roundings make it, or one side lacks a gradient.
@@ -88,9 +92,13 @@ class Pair:
         if [g is None for g in ours] != [g is None for g in theirs]:
             raise Disagreement("one side has gradients that the other has not")
         both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None]
-        top = max(_size(b) for _, b in both)
-        errors = [_size(a.float() - b.float()) / max(_size(b), 0.1 * top) for a, b in both]
-        found = max(errors, key=lambda error: (error != error, error))
+        tops: dict[int, float] = {}
+        for _, b in both:
+            tops[b.ndim] = max(tops.get(b.ndim, 0.0), _size(b))
+        errors = [
+            _size(a.float() - b.float()) / max(_size(b), 0.1 * tops[b.ndim]) for a, b in both
+        ]
+        found = max(errors, key=_nan_first)
         return _within(found, TOLERANCES[self.dtype][1], "gradients")
 
 
@@ -112,6 +120,10 @@ def pair(row: Row, device: str, dtype: torch.dtype, shrink: int = 1) -> Pair:
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference, relative to the norm; NaN stays NaN."""
     return ((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-6)).item()
+
+
+def _nan_first(error: float) -> tuple[bool, float]:
+    return math.isnan(error), error
 
 
 def _within(found: float, allowed: float, what: str) -> float:
