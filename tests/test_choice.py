@@ -213,6 +213,21 @@ def test_quantised_kernels_are_never_automatic() -> None:
 # diffusers
 
 
+@each(FIRST.values())
+@pytest.mark.usefixtures("stand_ins", "active", "maths")
+@torch.no_grad()
+def test_the_block_of_diffusers_reaches_every_class(case: Case) -> None:
+    dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
+    setting = build(case, "ours", torch.float32, own_modules=True)
+    linear = setting.processor.recipe.kernel.linear
+    with dispatch.attention_backend("_native_math"):
+        setting.call()
+        assert bool(USED) is not linear
+    USED.clear()
+    setting.call()
+    assert not USED
+
+
 def test_every_name_of_diffusers_is_known() -> None:
     dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
     for member in dispatch.AttentionBackendName:
@@ -285,6 +300,35 @@ def test_the_block_of_diffusers_reaches_models_without_a_setting() -> None:
     assert forward(m, inputs) == set()
     with attention_backend("_native_math"):
         assert forward(m, inputs) == {"math"}
+    assert forward(m, inputs) == set()
+
+
+@pytest.mark.usefixtures("maths", "active")
+def test_blocks_of_diffusers_are_looked_for_when_one_is_entered_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from diffusers.models.attention_dispatch import attention_backend
+
+    module = attnproc.kernels.scope
+    (m, inputs), (other, _) = built("sd3"), built("sd3")
+    forward(m, inputs)
+    searches: list[object] = []
+    search = module._open_block
+    monkeypatch.setattr(module, "_open_block", lambda: searches.append(1) or search())
+
+    with attention_backend("_native_math"), attention_backend("_native_flash"):
+        assert forward(m, inputs) == forward(m, inputs) == {"flash_sdpa"}
+        assert len(searches) == 1
+    assert forward(m, inputs) == set()
+    assert len(searches) == 1
+    with attention_backend("_native_flash"):
+        with attention_backend("_native_math"):
+            assert forward(m, inputs) == {"math"}
+            # The setter is its model's, also in a block.
+            other.set_attention_backend("_native_flash")
+            assert forward(other, inputs) == {"flash_sdpa"}
+            assert forward(m, inputs) == {"math"}
+        assert forward(m, inputs) == {"flash_sdpa"}
     assert forward(m, inputs) == set()
 
 

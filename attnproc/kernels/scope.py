@@ -117,37 +117,77 @@ def _active() -> Any:
     return None if module is None else module._AttentionBackendRegistry._active_backend
 
 
+class _Found(NamedTuple):
+    """What was found out about diffusers' registry when it last changed."""
+
+    active: Any = None
+    """What it called active then."""
+    block: weakref.ref[GeneratorType[Any, Any, Any]] | None = None
+    """The innermost block that was open; None if the active one is nobody's business."""
+    wish: Scope | None = None
+    outer: Any = None
+    """What had been found out before that block was entered."""
+
+
 # `model.set_attention_backend` leaves its backend active for the whole process, which is no
-# business of other models; a `with` block makes it active too. They differ in that a block's
-# generator is alive. Looking for it takes long, so it is done when the active one has changed.
-_seen: Any = None
-_block: weakref.ref[GeneratorType[Any, Any, Any]] | None = None
+# business of other models; a `with` block makes it active too. diffusers keeps no sign of which it
+# was, except that a block's generator is alive, and only the collector knows all of these. To look
+# through the youngest objects takes a tenth of a millisecond, through all of them a tenth of a
+# second: so it is done when the active one has changed, not when attention is called, and leaving
+# a block goes back to what was known before it. A block of what is active already is not noticed.
+_found = _Found()
 
 
 def _of_diffusers() -> Scope | None:
-    global _seen, _block
-    active = _active()
+    global _found
+    active, found = _active(), _found
     if active is None:
         return None
-    ended = _block is not None and not _is_open(_block())
-    if active is not _seen or ended:
-        # The first one is the process's default, whatever it is.
-        first, _seen = _seen is None and active.value == "native", active
-        found = None if first else _open_block()
-        _block = None if found is None else weakref.ref(found)
-    return None if _block is None else Scope(named(active).name)
+    if active is not found.active or (found.block is not None and not _is_open(found)):
+        found = _found = _looked(active, found)
+    return found.wish
+
+
+def _looked(active: Any, found: _Found) -> _Found:
+    while not _is_open(found):
+        found = found.outer
+    if active is found.active:
+        return found
+    # The first one is the process's default, whatever it is.
+    first = found.active is None and active.value == "native"
+    block = None if first else _open_block()
+    if block is None:
+        return _Found(active)
+    if found.block is not None and found.block() is block:
+        # A model's setter was called inside the block.
+        return found._replace(active=active)
+    frame = block.gi_frame
+    name = active if frame is None else frame.f_locals.get("backend", active)
+    return _Found(active, weakref.ref(block), Scope(named(name).name), found)
 
 
 def _open_block() -> GeneratorType[Any, Any, Any] | None:
-    """The generator of the `attention_backend(...)` block that is open, if one is."""
+    """The generator of the innermost `attention_backend(...)` block that is open, if one is."""
     manager = sys.modules["diffusers.models.attention_dispatch"].attention_backend
     code = getattr(manager, "__wrapped__", manager).__code__
-    for thing in gc.get_objects():
-        # By type alone: asking a dead weak proxy for its class raises.
-        if type(thing) is GeneratorType and thing.gi_code is code and _is_open(thing):
-            return thing
+    for generation in range(3):
+        blocks = [
+            thing
+            for thing in gc.get_objects(generation)
+            # By type alone: asking a dead weak proxy for its class raises.
+            if type(thing) is GeneratorType
+            and thing.gi_code is code
+            and thing.gi_frame is not None
+        ]
+        if blocks:
+            # The collector keeps them in the order in which they were made.
+            return blocks[-1]
     return None
 
 
-def _is_open(generator: GeneratorType[Any, Any, Any] | None) -> bool:
+def _is_open(found: _Found) -> bool:
+    """Whether the block is; without one nothing can end."""
+    if found.block is None:
+        return True
+    generator = found.block()
     return generator is not None and generator.gi_frame is not None
