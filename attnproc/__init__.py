@@ -15,6 +15,7 @@ from .kernels import (
 )
 from .on import Layers, Snapshot, on
 from .packing import pack, unpack
+from .parallel import parallelize, unparallelize
 from .presets import *
 from .processor import Processor
 from .schedules import Clock, Schedule
@@ -49,7 +50,9 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "on",
     "register_kernel",
     "pack",
+    "parallelize",
     "unpack",
+    "unparallelize",
     "restore",
     "set_backend",
     "swap",

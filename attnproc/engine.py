@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .kernels import choose
+from .parallel import beside, own_call, spread_out
 from .prologue import arrange
 from .shapes import merge_heads
 from .types import AroundPart, Arranged, Call, KernelCall, Recipe, Scoring, Site
@@ -34,7 +35,7 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     Raises:
         ValueError: An argument has a shape or a combination that the recipe does not take.
     """
-    at = Site(recipe, proc, attn, call)
+    at = Site(recipe, proc, attn, own_call(proc, call))
 
     x, context = call.x, call.context
     for enter in recipe.entering:
@@ -48,22 +49,25 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     kernel = choose(recipe.kernel, proc)
     extra = None
     for prompt in recipe.prompts:
-        more = prompt(at, arranged, kernel)
+        more = prompt(at, arranged, beside(at, kernel))
         extra = more if extra is None or more is None else extra + more
 
+    # On several ranks: from here to `home` all tokens of some heads, before and after own tokens.
+    whole, arranged, kernel, home = spread_out(at, arranged, kernel)
     q, k, v = arranged.q, arranged.k, arranged.v
     for edit in recipe.edits:
-        k, v = edit(at, arranged, k, v)
-    scoring = score(at, arranged)
+        k, v = edit(whole, arranged, k, v)
+    scoring = score(whole, arranged)
     # Large tensors go as soon as they are used up: this line sets the peak of memory.
     del arranged
-    o = _wrapped(kernel, recipe.around)(q, k, v, scoring)  # [B, H, Q, D]
+    o = _wrapped(kernel, whole.recipe.around)(q, k, v, scoring)  # [B, H, Q, D]
     del q, k, v
     if scoring.keep is not None:
         o = o * scoring.keep[:, None, :, None]
 
+    o, span = home(o, scoring.image)
     o = merge_heads(o)
-    image, text, *rest = recipe.output(at, o, scoring.image, extra)
+    image, text, *rest = recipe.output(at, o, span, extra)
     del o
     for leave in recipe.leaving:
         image, text = leave(at, image, text)

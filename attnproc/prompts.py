@@ -246,7 +246,9 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
 
     k = torch.cat((k, proc.norm_ip_k(more_k)), dim=2)
     v = torch.cat((raw.v.transpose(1, 2), more_v), dim=2)
-    o = amount(proc.scale) * merge_heads(kernel(q, k, v, Scoring(scale=at.recipe.scale(at))))
+    # The prompt's keys stand behind the image's as a text's would.
+    scoring = Scoring(scale=at.recipe.scale(at), image_keys=(0, raw.k.shape[1]))
+    o = amount(proc.scale) * merge_heads(kernel(q, k, v, scoring))
     mask = _only_mask(at.call.ip_masks)
     return o if mask is None else o * _regions(mask, q)[0]
 

@@ -20,7 +20,7 @@ from .reference import factor
 from .takes import Takes
 from .visible import limits, structure, values
 
-__all__ = ["CHUNKED", "chunked", "chunked_lse"]
+__all__ = ["CHUNKED", "chunked", "chunked_backward", "chunked_lse"]
 
 # Scores of a tile over batch and heads: what fits a CPU's caches, and what keeps a GPU busy.
 _SCORES = {"cpu": 1 << 20}
@@ -44,6 +44,18 @@ def chunked_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tens
         q, scale = q * scale.to(q.dtype), 1.0
     positions = Scoring(causal=scoring.causal, window=scoring.window, mods=scoring.mods)
     return _Chunked.apply(q, k, v, values(scoring), positions, scale)
+
+
+def chunked_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v without a mask, given that of the output.
+
+    Output and log-sum-exp may be those of more keys than `k` has: what comes is the part of the
+    gradients that flows through the weights of these.
+    """
+    work = _Work(q, k, v, None, Scoring(), scale)
+    return _backward(work, o, lse, do, torch.zeros_like(lse))[:3]
 
 
 class _Work(NamedTuple):
