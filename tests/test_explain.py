@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from attnproc.app.commands import app
 from attnproc.app.doctor import tried
 from attnproc.kernels import (
     AUTO,
+    FLEX,
     Kernel,
     Takes,
     ask,
@@ -231,13 +233,28 @@ def test_commands_say_what_is_wrong(arguments: tuple[str, ...], message: str) ->
 
 
 def test_doctor_command() -> None:
-    out = run("doctor", "--device", "cpu")
+    out = run("doctor", "--device", "cpu", "--no-compile")
+    assert "it compiles: leave out --no-compile" in out
     assert f"torch {torch.__version__}" in out
     assert "pip install flash-attn" in out
 
 
+@pytest.mark.usefixtures("without_flex")
+def test_doctor_tries_what_compiles_where_there_is_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    doctor = import_module("attnproc.app.doctor")
+    assert tried(FLEX, "cpu")[0] == "yes"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setitem(_REGISTRY, "flex", FLEX)
+    out = run("doctor", "--device", "cpu")
+    assert "there is no compiler: install g++ or clang++, or set CXX" in out
+
+
 def test_doctor_finds_what_is_wrong() -> None:
-    assert tried(named("chunked"), "cpu")[0] == "yes"
+    works, note = tried(named("chunked"), "cpu")
+    assert works == "yes"
+    assert note.endswith("with gradients")
     works, note = tried(Kernel("coarse", coarse, takes=Takes(backward=False)), "cpu")
     assert works == "no"
     assert "over 1e-04" in note
