@@ -58,8 +58,10 @@ class Lay(NamedTuple):
 def _inverse(total, count, eps, NORM: tl.constexpr):
     """What a norm multiplies by, given the sum of squares."""
     if NORM == _L2:
-        return 1.0 / tl.maximum(tl.sqrt(total), eps)
-    return tl.rsqrt(total / count + eps)
+        inverse = 1.0 / tl.maximum(tl.sqrt(total), eps)
+    else:
+        inverse = tl.rsqrt(total / count + eps)
+    return inverse
 
 
 @triton.jit
@@ -73,12 +75,12 @@ def _at(ptr, tokens, live, h, d, stride, H: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _weight(ptr, h, d, ACROSS: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
     """A norm's weight ``[1, HB or 1, DP]``."""
+    inside = (d < D)[None, None, :]
+    places = d[None, None, :]
     if ACROSS:
-        inside = (h < H)[None, :, None] & (d < D)[None, None, :]
-        return tl.load(ptr + h[None, :, None] * D + d[None, None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-    return tl.load(ptr + d[None, None, :], mask=(d < D)[None, None, :], other=0.0).to(tl.float32)
+        inside = inside & (h < H)[None, :, None]
+        places = places + h[None, :, None] * D
+    return tl.load(ptr + places, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -100,8 +102,6 @@ def _normed(
     x, mean, inverse, w_ptr, b_ptr, h, d,
     NORM: tl.constexpr, ACROSS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    if NORM == _NONE:
-        return x
     if NORM == _LAYER:
         x = x - mean
     x = x * inverse
@@ -244,11 +244,21 @@ def _unturned(
     base = (wide + start)[:, None, None] * g_token + h[None, :, None] * g_head
     g = tl.load(g_ptr + base + d[None, None, :], mask=heads & (d < D)[None, None, :], other=0.0)
     g = g.to(tl.float32)
-    if not TURN:
-        return g
+    if TURN:
+        g = _turned_back(g, g_ptr + base, heads, live, h, d, cos_ptr, sin_ptr, rows, s_row, s_head,
+                         s_channel, PER_HEAD, WIDTH, TURNED, STEP, H, D)  # fmt: skip
+    return g
+
+
+@triton.jit
+def _turned_back(
+    g, base, heads, live, h, d, cos_ptr, sin_ptr, rows, s_row, s_head, s_channel,
+    PER_HEAD: tl.constexpr, WIDTH: tl.constexpr, TURNED: tl.constexpr, STEP: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     p, is_first = _partner(d, WIDTH)
     paired = (p >= 0) & (p < TURNED)
-    other = tl.load(g_ptr + base + p[None, None, :], mask=heads & paired[None, None, :], other=0.0)
+    other = tl.load(base + p[None, None, :], mask=heads & paired[None, None, :], other=0.0)
     other = other.to(tl.float32)
     cos = _angle(cos_ptr, rows, live, h, d, s_row, s_head, s_channel, PER_HEAD, STEP, TURNED, H)
     sin = _angle(sin_ptr, rows, live, h, p, s_row, s_head, s_channel, PER_HEAD, STEP, TURNED, H)
