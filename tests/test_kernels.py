@@ -266,6 +266,18 @@ def test_rows_without_keys_are_zero(name: str) -> None:
         assert not any(g[1].any() or g.isnan().any() for g in grads)
 
 
+@pytest.mark.parametrize("name", [*SCORINGS, "bias", "blocks"])
+@torch.no_grad()
+def test_many_scores_are_made_for_some_queries_at_a_time(name: str, monkeypatch) -> None:
+    bias = Scoring(mask=Bias(torch.randn(1, 4, 7, 7)))
+    more = {"bias": bias, "blocks": Scoring(mods=(near,))}
+    scoring = {**SCORINGS, **more}[name]
+    qkv = inputs()
+    whole = REFERENCE(*qkv, scoring)
+    monkeypatch.setitem(REFERENCE.run.__globals__, "_SCORES", 200)
+    torch.testing.assert_close(REFERENCE(*qkv, scoring), whole)
+
+
 MEMORY = """
 import resource, torch
 from attnproc.kernels import attention

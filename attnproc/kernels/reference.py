@@ -9,7 +9,7 @@ from torch import Tensor
 from ..types import Scoring
 from .base import Kernel
 from .takes import Takes
-from .visible import dense_mask
+from .visible import dense_mask, values
 
 __all__ = [
     "REFERENCE",
@@ -21,17 +21,41 @@ __all__ = [
 ]
 
 
+# How many scores are held at a time.
+_SCORES = 1 << 25
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """Softmax attention through the whole ``[B, H, Q, K]`` score matrix.
+    """Softmax attention through the scores of whole rows, ``[B, H, Q, K]``.
 
     The scores have the input's dtype (float32 as `scoring` asks), as eager attention has them.
-    Queries with nothing to attend to give zeros.
+    Queries with nothing to attend to give zeros. Without gradients, many scores are made for some
+    queries at a time.
     """
+    queries = q.shape[2]
+    step = max(1, _SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    if step >= queries or _graded(q, k, v, scoring):
+        return _of_rows(q, k, v, scoring, None)
+    starts = range(0, queries, step)
+    rows = (slice(start, min(start + step, queries)) for start in starts)
+    return torch.cat([_of_rows(q, k, v, scoring, some) for some in rows], dim=2)
+
+
+def _of_rows(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, rows: slice | None) -> Tensor:
+    mask = dense_mask(scoring, q, k, rows)
+    q = q if rows is None else q[:, :, rows]
     # The scores live no longer than the softmax.
-    weights = masked_softmax(_scores(q, k, scoring), dense_mask(scoring, q, k)).to(q.dtype)
+    weights = masked_softmax(_scores(q, k, scoring), mask).to(q.dtype)
     if scoring.dropout:
         weights = F.dropout(weights, scoring.dropout)
     return weights @ expand_heads(v, q)
+
+
+def _graded(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
+    """Whether a backward pass would keep all weights anyway."""
+    mask = values(scoring)
+    leaves = (q, k, v) if mask is None else (q, k, v, mask)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
 
 
 def reference_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:

@@ -68,11 +68,17 @@ def merged(mask: Tensor | None, seen: Tensor | None) -> Tensor | None:
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
-def dense_mask(scoring: Scoring, q: Tensor, k: Tensor) -> Tensor | None:
-    """All of the scoring's masks as one tensor ``[B|1, H|1, Q|1, K]``, bool or float."""
-    rows, cols = slice(0, q.shape[2]), slice(0, k.shape[2])
-    seen = structure(scoring, rows, cols, q.shape[0], q.shape[1], q.device)
-    return merged(values(scoring), seen)
+def dense_mask(scoring: Scoring, q: Tensor, k: Tensor, rows: slice | None = None) -> Tensor | None:
+    """All of the scoring's masks as one tensor ``[B|1, H|1, Q|1, K]``, bool or float.
+
+    With `rows` it is that of these queries alone.
+    """
+    some, cols = rows or slice(0, q.shape[2]), slice(0, k.shape[2])
+    seen = structure(scoring, some, cols, q.shape[0], q.shape[1], q.device)
+    mask = values(scoring)
+    if rows is not None and mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, rows]
+    return merged(mask, seen)
 
 
 def filled(mask: Tensor) -> tuple[Tensor, Tensor]:
