@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,19 @@ def test_components_part_things_by_colour() -> None:
     assert levels.shape == (8, 8, 3)
     assert (levels[0, 0] == (255, 0, 0)).all()
     assert (levels[0, 7] == 0).all()
+
+
+def test_what_users_look_for_is_there_after_the_import() -> None:
+    code = (
+        "import sys, attnproc\n"
+        "assert not {'matplotlib', 'PIL', 'attnproc.plots'} & set(sys.modules)\n"
+        "for name in ('plots.sheet', 'html.save', 'steering.Regional', 'capture', 'components',\n"
+        "             'Box', 'Region', 'align', 'parse', 'Maps.load'):\n"
+        "    thing = attnproc\n"
+        "    for part in name.split('.'):\n"
+        "        thing = getattr(thing, part)\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "assert not hasattr(attnproc, 'nothing')\n"
+        "from attnproc.capture import load, key_weights\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

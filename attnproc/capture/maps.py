@@ -126,10 +126,17 @@ class Maps:
         return torch.stack(same).mean(dim=0)
 
     def save(self, path: str | Path) -> None:
-        """Writes the weights to a ``.npz`` or ``.safetensors`` file; `attnproc.capture.load`."""
+        """Writes the weights to a ``.npz`` or ``.safetensors`` file, for `Maps.load`."""
         from .saving import save
 
         save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Maps:
+        """The maps of a file that `save` wrote."""
+        from .saving import load
+
+        return load(path)
 
     def wants(self, layer: str) -> bool:
         """Counts a call of a layer; whether it is one of those to keep."""
