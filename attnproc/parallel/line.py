@@ -91,10 +91,11 @@ def spread_out(
     spread = spread_of(at.proc)
     if spread is None or spread.everyone.size == 1:
         return at, arranged, kernel, stay
-    if spread.tokens.size == 1 and (spread.rows.counts is None or not _mixes_rows(at.recipe)):
+    if spread.tokens.size == 1 and (spread.running.rows is None or not _mixes_rows(at.recipe)):
         return at, arranged, kernel, stay
     _check(at, arranged, kernel, spread)
-    work = _Work(at, arranged, kernel, _places(at, arranged, spread))
+    arranged, hidden = _text_shown(at, arranged, spread)
+    work = _Work(at, arranged, kernel, _places(at, arranged, spread)._replace(hidden=hidden))
     for way in (_over_keys_alone, _linear, _round_ring):
         found = way(work)
         if found is not None:
@@ -139,6 +140,8 @@ class _Places(NamedTuple):
     """Whether every rank has all of the image, as of a grid."""
     rows: tuple[int, ...] | None
     """Rows of the batch of each rank, where they have to meet."""
+    hidden: bool = False
+    """Whether the text is joined to the image already, so that the call knows no text."""
 
 
 class _Work(NamedTuple):
@@ -178,8 +181,23 @@ def _places(at: Site, arranged: Arranged, spread: Spread) -> _Places:
     of_q = Sequences(text if text_q else none, image, first)
     # In cross attention each rank hands over a part of what all of them have.
     of_k = Sequences(text, shares(image_k, axis.size) if cross else image, first)
-    rows = spread.rows.counts if _mixes_rows(at.recipe) else None
+    rows = spread.running.rows if _mixes_rows(at.recipe) else None
     return _Places(spread, of_q, of_k, cross, text_whole, image_whole, rows)
+
+
+def _text_shown(at: Site, arranged: Arranged, spread: Spread) -> tuple[Arranged, bool]:
+    """The call with the text that blocks like Flux' single ones have joined to the image."""
+    rotary, running = at.recipe.rotary, spread.running
+    if spread.inside or rotary is None or rotary.over != "joint":
+        return arranged, False
+    if at.call.context is not None:
+        running.text = arranged.text_keys
+        return arranged, False
+    text = running.text or 0
+    hidden = 0 < text < arranged.length
+    if hidden:
+        arranged = arranged._replace(length=arranged.length - text, text_keys=text)
+    return arranged, hidden
 
 
 def _mixes_rows(recipe: Recipe) -> bool:
@@ -268,7 +286,10 @@ def _exchanged(work: _Work, axis: Axis, ranks: range) -> tuple[Arranged, Room]:
     of_q, of_k = places.of_q.some(ranks), places.of_k.some(ranks)
     if axis.size > 1:
         q, k, v = to_heads(room, q, k, v, of_q, of_k)
-    return Arranged(q, k, v, sum(of_q.image), sum(of_k.text)), room
+    found = Arranged(q, k, v, sum(of_q.image), sum(of_k.text))
+    if places.hidden:
+        found = found._replace(length=q.shape[2], text_keys=0)
+    return found, room
 
 
 def _home(places: _Places, room: Room, ranks: range, o: Tensor, span: Span) -> tuple[Tensor, Span]:
@@ -285,6 +306,8 @@ def _home(places: _Places, room: Room, ranks: range, o: Tensor, span: Span) -> t
         of_text, of_image = streams if first else streams[::-1]
         of_text = gather(of_text, of_q.text, 2, axis)
         text, o = of_text.shape[2], _cat(of_text, of_image, first)
+    if places.hidden:
+        return o, None
     return o, (text, text + image) if first else (0, image)
 
 
@@ -356,7 +379,7 @@ def _check(at: Site, arranged: Arranged, kernel: KernelCall, spread: Spread) -> 
         "backend": kernel_of(kernel).name,
         "around": str([type(part).__name__ for part in at.recipe.around]),
     }
-    if spread.rows.counts is None:
+    if spread.running.rows is None:
         facts["batch"] = q.shape[0]
     if not spread.uneven:
         facts["tokens"] = arranged.length if not spread.inside else tokens_of(at.recipe, at.call.x)

@@ -11,16 +11,33 @@ from torch import Tensor
 
 from .exchange import ALONE, Axis, send, spans
 
-__all__ = ["Heads", "Rows", "Sequences", "Spread", "Text", "heads_of", "to_heads", "to_tokens"]
+__all__ = [
+    "Heads",
+    "Room",
+    "Running",
+    "Sequences",
+    "Spread",
+    "Text",
+    "heads_of",
+    "to_heads",
+    "to_tokens",
+]
 
 Text = Literal["split", "replicated"]
 
 
-class Rows:
-    """How many rows of the batch each rank has, while a model runs on its own rows."""
+class Running:
+    """What is known while a model runs.
+
+    Attributes:
+        rows: How many rows of the batch each rank has, where the model runs on its own ones.
+        text: Own tokens of text in the last joint call. Later blocks may join the streams
+            themselves (Flux), and call with one sequence.
+    """
 
     def __init__(self) -> None:
-        self.counts: tuple[int, ...] | None = None
+        self.rows: tuple[int, ...] | None = None
+        self.text: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +52,9 @@ class Spread:
         everyone: The ranks of all axes, batch before tokens.
         inside: Whether modules get all tokens and take their own, in place of getting their own.
         text: Whether the text of joint attention comes in parts too, or whole to each rank.
-        uneven: Whether parts may differ in length.
+        uneven: Whether parts that come may differ in length.
         wide: Whether the ring sums up in float32.
-        rows: Who has which rows now.
+        running: What is known while the model runs.
     """
 
     ulysses: Axis = ALONE
@@ -49,7 +66,7 @@ class Spread:
     text: Text = "split"
     uneven: bool = False
     wide: bool = True
-    rows: Rows = field(default_factory=Rows)
+    running: Running = field(default_factory=Running)
 
 
 class Sequences(NamedTuple):

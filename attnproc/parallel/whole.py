@@ -16,7 +16,7 @@ from ..types import OutputPart, Site
 from .config import spread_of, spread_over
 from .exchange import Axis, gather, shares, spans
 from .line import keeps_grid, tokens_of
-from .spread import Rows, Spread, Text
+from .spread import Running, Spread, Text
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,7 +39,7 @@ def spread_model(model: nn.Module, mesh: DeviceMesh, *, inside: bool, text: Text
         put(attn, _spread(attn.processor, spread))
     hooks: list[Any] = []
     if spread.batch.size > 1:
-        rows = _OwnRows(spread.batch, spread.rows)
+        rows = _OwnRows(spread.batch, spread.running)
         hooks.append(model.register_forward_pre_hook(rows.before, with_kwargs=True))
         hooks.append(model.register_forward_hook(rows.after, always_call=True))
     model.__dict__[_HOOKS] = hooks
@@ -120,18 +120,18 @@ class _OwnRows:
 
     Args:
         axis: The ranks.
-        rows: Where it says who has which.
+        running: Where it says who has which.
     """
 
     axis: Axis
-    rows: Rows
+    running: Running
 
     def before(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         batch = next((t.shape[0] for t in _tensors((args, kwargs)) if t.ndim > 1), 0)
         if batch < self.axis.size:
             return args, kwargs
-        self.rows.counts = shares(batch, self.axis.size)
-        own = spans(self.rows.counts)[self.axis.rank]
+        self.running.rows = shares(batch, self.axis.size)
+        own = spans(self.running.rows)[self.axis.rank]
 
         def take(t: Tensor) -> Tensor:
             return t[own] if t.ndim and len(t) == batch else t
@@ -139,7 +139,7 @@ class _OwnRows:
         return _each((args, kwargs), take)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
-        counts, self.rows.counts = self.rows.counts, None
+        counts, self.running.rows = self.running.rows, None
         if counts is None or output is None:
             return output
         return _each(output, partial(gather, counts=counts, dim=0, axis=self.axis))
