@@ -11,7 +11,7 @@ from .kernels import choose
 from .parallel import beside, own_call, spread_out
 from .prologue import arrange
 from .shapes import merge_heads
-from .types import AroundPart, Arranged, Call, KernelCall, Recipe, Scoring, Site
+from .types import Arranged, Call, Recipe, Scoring, Site
 
 if TYPE_CHECKING:
     from .processor import Processor
@@ -60,7 +60,9 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     scoring = score(whole, arranged)
     # Large tensors go as soon as they are used up: this line sets the peak of memory.
     del arranged
-    o = _wrapped(kernel, whole.recipe.around)(q, k, v, scoring)  # [B, H, Q, D]
+    for wrapper in reversed(whole.recipe.around):
+        kernel = partial(wrapper, kernel)
+    o = kernel(q, k, v, scoring)  # [B, H, Q, D]
     del q, k, v
     if scoring.keep is not None:
         o = o * scoring.keep[:, None, :, None]
@@ -87,12 +89,6 @@ def score(at: Site, arranged: Arranged) -> Scoring:
         image_keys=_image(arranged.k.shape[2], text_keys, text_first),
     )
     return at.recipe.mask(at, arranged, plain)
-
-
-def _wrapped(kernel: KernelCall, around: tuple[AroundPart, ...]) -> KernelCall:
-    for wrapper in reversed(around):
-        kernel = partial(wrapper, kernel)
-    return kernel
 
 
 def _image(total: int, text: int, text_first: bool) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ plain tensors on a GPU. Everything else goes the composed way.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -22,6 +23,8 @@ __all__ = ["arranged", "use_fused"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+# Triton's interpreter runs the kernels on a CPU, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _wanted = os.environ.get("ATTNPROC_FUSED", "1") != "0"
 
 
@@ -42,6 +45,8 @@ def arranged(at: Site, streams: Streams, rotary: Rotary | None) -> QKV | None:
     Uses the streams up, unless it gives None.
     """
     image, text = streams
+    if not (image.q.is_cuda or _INTERPRETED):
+        return None
     names = NAMES.get(at.recipe.norm)
     if not _wanted or names is None or not _takes(image, text):
         return None
@@ -76,16 +81,15 @@ def _takes(image: QKV, text: QKV | None) -> bool:
     found = [image.q, image.k, image.v]
     found += [] if text is None else [text.q, text.k, text.v]
     first = image.q
-    if not _ready(first.device.type) or first.dtype not in _DTYPES:
+    if first.dtype not in _DTYPES or not _has_triton():
         return False
     return all(t is None or (t.dtype == first.dtype and t.is_cuda == first.is_cuda) for t in found)
 
 
 @constant
-def _ready(device: str) -> bool:
-    """Whether Triton is there and runs on that kind of device, or is interpreted."""
-    wanted = device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return wanted and importlib.util.find_spec("triton") is not None
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _norms(at: Site, names: tuple[str, str] | None, stream: QKV) -> Any:

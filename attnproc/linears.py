@@ -11,12 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 from .schedules import amount, is_off
 from .types import Site
 
 __all__ = [
+    "PLAIN",
     "PROJECTIONS",
     "CustomDiffusion",
     "LoRA",
@@ -42,9 +45,15 @@ PROJECTIONS = (
 )
 
 
+_NO_MODULES: dict[str, Any] = {}
+
+
 def linear(at: Site, name: str, x: Tensor, y: Any = None) -> Tensor:
     """The projection `name` of `x` ``[B, S, C]``, or of its packed product `y`, with adapters."""
-    for part in at.recipe.linears:
+    parts = at.recipe.linears
+    if parts == PLAIN and y is None:
+        return module_linear(at, name, x, None)
+    for part in parts:
         y = part(at, name, x, y)
     return y
 
@@ -53,8 +62,36 @@ def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
     """The attention module's own layer."""
     if y is not None:
         return y
-    layer = getattr(at.attn, name)
-    return layer[0](x) if isinstance(layer, nn.ModuleList) else layer(x)
+    # Straight from the registry: asking the module costs a failed look-up first.
+    layer: Any = at.attn.__dict__.get("_modules", _NO_MODULES).get(name)
+    if layer is None:
+        layer = getattr(at.attn, name)
+    if layer.__class__ is nn.ModuleList:
+        layer = layer._modules["0"]
+    # A plain layer without hooks: `Module.__call__` would cost as much as the product's launch.
+    if layer.__class__ is nn.Linear and not _is_watched(layer):
+        held = layer._parameters
+        return F.linear(x, held["weight"], held["bias"])
+    return layer(x)
+
+
+PLAIN = (module_linear,)
+"""The linears of a recipe without adapters."""
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether anything but `forward` happens where a layer is called."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+        or _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
 
 
 def dropout(at: Site, x: Tensor) -> Tensor:
@@ -62,7 +99,10 @@ def dropout(at: Site, x: Tensor) -> Tensor:
     layers = at.attn.to_out
     if at.recipe.linears[0] is not module_linear:
         layers = getattr(at.proc, "to_out_custom_diffusion", layers)
-    return layers[1](x) if len(layers) > 1 else x
+    drop = layers._modules.get("1")
+    # Looked at before it is called, since most have nothing to drop.
+    idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not drop._forward_hooks
+    return x if drop is None or idle else drop(x)
 
 
 class LoRALinear(nn.Module):

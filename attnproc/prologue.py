@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .fused import arranged
-from .shapes import head_dim, join, split_stream
+from .shapes import join, split_stream
 from .types import QKV, Arranged, Site, Streams
 
 __all__ = ["arrange", "normed"]
@@ -19,12 +19,14 @@ def arrange(at: Site, streams: Streams) -> Arranged:
     """Makes the kernel's inputs ``[B, H, S, D]`` of the streams ``[B, S, H*D]``, using them up."""
     recipe, rotary = at.recipe, at.recipe.rotary
     image, text = streams
-    dim = head_dim(at.attn, image.q)
+    q = image.q
+    dim = q.shape[3] if q.ndim == 4 else q.shape[2] // at.attn.heads
     split_stream(image, dim)
     if text is not None:
         split_stream(text, dim)
-    length, text_keys = image.q.shape[1], 0 if text is None else text.k.shape[1]
+    length, text_keys = q.shape[1], 0 if text is None else text.k.shape[1]
 
+    del q
     raw = QKV(image.q, image.k, image.v) if recipe.prompts else None
     both = arranged(at, streams, rotary)
     if both is None:

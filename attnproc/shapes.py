@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,32 +9,25 @@ from .types import QKV, Streams
 
 __all__ = [
     "from_grid",
-    "head_dim",
     "join",
     "merge_heads",
-    "split_heads",
     "split_stream",
     "to_grid",
 ]
 
 
-def head_dim(attn: Any, q: Tensor) -> int:
-    """Channels a head of queries ``[B, S, H*D]`` or, split already, ``[B, S, H, D]``."""
-    if q.ndim == 4:
-        return q.shape[-1]
-    return getattr(attn, "head_dim", None) or q.shape[-1] // attn.heads
-
-
-def split_heads(x: Tensor | None, dim: int) -> Tensor | None:
-    """``[B, S, H*D]`` to ``[B, S, H, D]``; what is split already stays."""
-    return x if x is None or x.ndim == 4 else x.view(x.shape[0], x.shape[1], -1, dim)
-
-
 def split_stream(stream: QKV, dim: int) -> None:
-    """`split_heads` of all three; keys and values may have fewer heads than queries."""
-    stream.q = split_heads(stream.q, dim)
-    stream.k = split_heads(stream.k, dim)
-    stream.v = split_heads(stream.v, dim)
+    """``[B, S, H*D]`` to ``[B, S, H, D]``; what is split already stays.
+
+    Keys and values may have fewer heads than queries.
+    """
+    q, k, v = stream.q, stream.k, stream.v
+    if q is not None and q.ndim == 3:
+        stream.q = q.view(q.shape[0], q.shape[1], -1, dim)
+    if k is not None and k.ndim == 3:
+        stream.k = k.view(k.shape[0], k.shape[1], -1, dim)
+    if v is not None and v.ndim == 3:
+        stream.v = v.view(v.shape[0], v.shape[1], -1, dim)
 
 
 def merge_heads(o: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from ..types import Scoring
 from .base import Kernel, registered
 from .chunked import CHUNKED
 from .flex import FLEX
-from .native import SDPA, only_causal
+from .native import SDPA, only_causal, sdpa
 from .takes import Ask, Takes, ask, constant, why_not
 from .tuned import is_tuned, tuned
 from .varlen import VARLEN
@@ -40,7 +40,7 @@ class Refused(ValueError):
 def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The kernel that the table or the rules pick for this kind of call."""
     if only_causal(scoring) and not is_tuned(q.device.type):
-        return SDPA(q, k, v, scoring)
+        return sdpa(q, k, v, scoring)
     return pick(ask(q, k, v, scoring))(q, k, v, scoring)
 
 
