@@ -147,9 +147,9 @@ def graphed(call: Call, copies: int = 1) -> Call:
 
 def _renew_generator() -> None:
     """A capture that failed leaves the GPU's generator believing that it is captured still."""
-    fresh = torch.Generator("cuda").graphsafe_get_state()
-    index = torch.cuda.current_device()
-    torch.cuda.default_generators[index].graphsafe_set_state(fresh)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    with contextlib.suppress(RuntimeError):
+        generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
 
 
 def peak_mib(call: Call, device: str) -> float:

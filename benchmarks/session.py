@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sides import SIDES
 
 __all__ = ["DTYPES", "chosen", "chosen_modes", "measured", "named", "opened"]
+
+# It tells of image processors that nothing here uses.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
