@@ -1,30 +1,47 @@
 """Attention calls at the sizes that published models make them, one a row.
 
 A row names a processor class, the module it runs on, and the call's inputs. For small machines
-`shrink` divides the tokens, of the image and of a long text; widths stay.
+`shrink` divides the tokens, of the image and of a long text, and `narrow` the heads and with them
+the width; the channels of a head stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ROWS", "Row", "Setting", "Tokens", "make"]
+__all__ = ["ROWS", "Row", "Setting", "Sizes", "make"]
 
 Random = Callable[..., Tensor]
 # A text as long as this shrinks with the image; a shorter one is what cross attention sees.
 _LONG_TEXT = 200
 
 
-class Tokens(NamedTuple):
-    """How many there are of the image and of the text."""
+# Arguments of modules and processors that shrink with the number of heads.
+_WIDTHS = (
+    "query_dim",
+    "heads",
+    "kv_heads",
+    "cross_attention_dim",
+    "added_kv_proj_dim",
+    "out_context_dim",
+    "in_channels",
+    "out_channels",
+    "hidden_size",
+    "ip_hidden_states_dim",
+)
+
+
+class Sizes(NamedTuple):
+    """How many tokens there are of the image and of the text, and what divides the widths."""
 
     image: int
     text: int
+    narrow: int
 
 
 @dataclass(frozen=True)
@@ -39,9 +56,10 @@ class Row:
         module: Arguments of the attention module, or of `kind`.
         kind: "attention", "flux", "mochi" or "multiscale".
         init: Arguments of the processor.
-        more: Makes further inputs, given the numbers of tokens and a tensor factory.
+        more: Makes further inputs, given the sizes and a tensor factory.
         fuse: Whether projections are fused.
-        small: By what the tokens are divided on a CPU, so that a call takes 5 to 200 ms there.
+        small: What divides the tokens on a CPU, so that a call takes 5 to 200 ms there.
+        narrow: What divides the heads there.
     """
 
     name: str
@@ -51,9 +69,10 @@ class Row:
     module: dict[str, Any] = field(default_factory=dict)
     kind: str = "attention"
     init: dict[str, Any] = field(default_factory=dict)
-    more: Callable[[Tokens, Random], dict[str, Any]] | None = None
+    more: Callable[[Sizes, Random], dict[str, Any]] | None = None
     fuse: bool = False
     small: int = 16
+    narrow: int = 1
 
 
 @dataclass
@@ -72,38 +91,63 @@ def make(row: Row, device: str, dtype: torch.dtype, shrink: int = 1) -> Setting:
         row: The row.
         device: "cpu" or "cuda".
         dtype: Of weights and inputs; rotary tables are float32.
-        shrink: Divides the tokens; 0 is as the row says for a CPU.
+        shrink: Divides the tokens; 0 is as the row says for a CPU, heads and all.
+
+    Returns:
+        The setting, whose row has the sizes that were made.
     """
-    shrink = shrink or row.small
+    narrow = 1 if shrink else row.narrow
+    row = _scaled(row, shrink or row.small, narrow)
     torch.manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         # Made on the CPU: a graph that can't be captured leaves the GPU's generator unusable.
         return torch.randn(shape).to(device, dtype)
 
-    x, text = _shrunk(row.x, shrink), row.text
+    x, text = row.x, row.text
     inputs: dict[str, Any] = {"hidden_states": random(*x)}
     if text is not None:
-        if text[1] >= _LONG_TEXT:
-            text = (text[0], max(text[1] // shrink, min(text[1], 8)), text[2])
         inputs["encoder_hidden_states"] = random(*text)
-    tokens = Tokens(x[1] if len(x) == 3 else x[2] * x[3], 0 if text is None else text[1])
+    tokens = x[1] if len(x) == 3 else x[2] * x[3]
     if row.more is not None:
-        inputs |= row.more(tokens, random)
+        inputs |= row.more(Sizes(tokens, text[1] if text else 0, narrow), random)
     attn = _module(row).to(device, dtype).eval()
     if row.fuse:
         attn.fuse_projections()
     return Setting(row, attn, inputs)
 
 
-def _shrunk(shape: tuple[int, ...], shrink: int) -> tuple[int, ...]:
-    if shape[0] > shape[1]:
+def _scaled(row: Row, shrink: int, narrow: int) -> Row:
+    """The row with fewer tokens and heads."""
+    if shrink == narrow == 1:
+        return row
+    text = row.text
+    if text is not None:
+        long = text[1] >= _LONG_TEXT
+        tokens = max(text[1] // shrink, min(text[1], 8)) if long else text[1]
+        text = (text[0], tokens, text[2] // narrow)
+    return replace(
+        row,
+        x=_shrunk(row.x, shrink, narrow),
+        text=text,
+        module=_narrowed(row.module, narrow),
+        init=_narrowed(row.init, narrow),
+    )
+
+
+def _narrowed(arguments: dict[str, Any], narrow: int) -> dict[str, Any]:
+    return {k: v // narrow if k in _WIDTHS else v for k, v in arguments.items()}
+
+
+def _shrunk(shape: tuple[int, ...], shrink: int, narrow: int) -> tuple[int, ...]:
+    if len(shape) == 4:
+        side = max(int(shape[2] / shrink**0.5), 1)
+        return (shape[0], shape[1] // narrow, side, side)
+    batch, tokens, width = shape
+    if batch > tokens:
         # Attention over time: the places are many, not the tokens.
-        return (max(shape[0] // shrink, 1), *shape[1:])
-    if len(shape) == 3:
-        return (shape[0], max(shape[1] // shrink, 1), shape[2])
-    side = max(int(shape[2] / shrink**0.5), 1)
-    return (*shape[:2], side, side)
+        return (max(batch // shrink, 1), tokens, width // narrow)
+    return (batch, max(tokens // shrink, 1), width // narrow)
 
 
 def _module(row: Row) -> nn.Module:
@@ -120,46 +164,47 @@ def _module(row: Row) -> nn.Module:
 
 
 def _pairs(width: int, name: str = "image_rotary_emb", joint: bool = False) -> Any:
-    def more(tokens: Tokens, random: Random) -> dict[str, Any]:
-        angles = random(tokens.image + (tokens.text if joint else 0), width).float()
+    def more(sizes: Sizes, random: Random) -> dict[str, Any]:
+        angles = random(sizes.image + (sizes.text if joint else 0), width).float()
         return {name: (angles.cos(), angles.sin())}
 
     return more
 
 
-def _prompts(tokens: Tokens, random: Random) -> dict[str, Any]:
-    states = [random(2, 1, 16, 2048), random(2, 1, 4, 2048)]
-    return {"encoder_hidden_states": (random(2, 77, 2048), states)}
+def _prompts(sizes: Sizes, random: Random) -> dict[str, Any]:
+    width = 2048 // sizes.narrow
+    states = [random(2, 1, 16, width), random(2, 1, 4, width)]
+    return {"encoder_hidden_states": (random(2, 77, width), states)}
 
 
-def _sd3_prompt(tokens: Tokens, random: Random) -> dict[str, Any]:
-    return {"ip_hidden_states": random(2, 64, 2432), "temb": random(2, 1280)}
+def _sd3_prompt(sizes: Sizes, random: Random) -> dict[str, Any]:
+    return {"ip_hidden_states": random(2, 64, 2432 // sizes.narrow), "temb": random(2, 1280)}
 
 
-def _flux_prompt(tokens: Tokens, random: Random) -> dict[str, Any]:
-    rope = _pairs(128, joint=True)(tokens, random)
-    return {**rope, "ip_hidden_states": [random(1, 4, 4096)]}
+def _flux_prompt(sizes: Sizes, random: Random) -> dict[str, Any]:
+    rope = _pairs(128, joint=True)(sizes, random)
+    return {**rope, "ip_hidden_states": [random(1, 4, 4096 // sizes.narrow)]}
 
 
-def _mochi(tokens: Tokens, random: Random) -> dict[str, Any]:
-    angles = random(tokens.image, 24, 64).float()
-    lengths = torch.tensor([0.25, 0.78125], device=angles.device) * tokens.text
-    mask = torch.arange(tokens.text, device=angles.device) < lengths[:, None]
+def _mochi(sizes: Sizes, random: Random) -> dict[str, Any]:
+    angles = random(sizes.image, 24 // sizes.narrow, 64).float()
+    lengths = torch.tensor([0.25, 0.78125], device=angles.device) * sizes.text
+    mask = torch.arange(sizes.text, device=angles.device) < lengths[:, None]
     return {"attention_mask": mask, "image_rotary_emb": (angles.cos(), angles.sin())}
 
 
-def _lumina(tokens: Tokens, random: Random) -> dict[str, Any]:
-    angles = random(1, tokens.image, 36).float()
+def _lumina(sizes: Sizes, random: Random) -> dict[str, Any]:
+    angles = random(1, sizes.image, 36).float()
     table = torch.polar(torch.ones_like(angles), angles)
-    x = random(2, tokens.image, 2304)
-    mask = torch.ones(2, tokens.image, dtype=torch.bool, device=angles.device)
+    x = random(2, sizes.image, 2304 // sizes.narrow)
+    mask = torch.ones(2, sizes.image, dtype=torch.bool, device=angles.device)
     both = {"hidden_states": x, "encoder_hidden_states": x, "attention_mask": mask}
     return {**both, "query_rotary_emb": table, "key_rotary_emb": table}
 
 
-def _allegro(tokens: Tokens, random: Random) -> dict[str, Any]:
+def _allegro(sizes: Sizes, random: Random) -> dict[str, Any]:
     angles = [random(64, 32).float() for _ in range(3)]
-    where = [torch.randint(0, 64, (1, tokens.image), device=a.device) for a in angles]
+    where = [torch.randint(0, 64, (1, sizes.image), device=a.device) for a in angles]
     return {"image_rotary_emb": ([(a.cos(), a.sin()) for a in angles], where)}
 
 
@@ -183,10 +228,10 @@ _LUMINA = {"qk_norm": "layer_norm_across_heads", "kv_heads": 8, "out_bias": Fals
 _LONG = (2, 4096, 640)
 
 ROWS = [
-    Row("sd15-self-4096", "AttnProcessor2_0", (2, 4096, 320), module=_SD15),
-    Row("sdxl-self-4096", "AttnProcessor2_0", _LONG, module=_SDXL),
-    Row("sdxl-cross-4096x77", "AttnProcessor2_0", _LONG, (2, 77, 2048), _CROSS),
-    Row("sdxl-fused-self-4096", "FusedAttnProcessor2_0", _LONG, module=_SDXL, fuse=True),
+    Row("sd15-self-4096", "AttnProcessor2_0", (2, 4096, 320), module=_SD15, small=4),
+    Row("sdxl-self-4096", "AttnProcessor2_0", _LONG, module=_SDXL, small=8),
+    Row("sdxl-cross-4096x77", "AttnProcessor2_0", _LONG, (2, 77, 2048), _CROSS, small=8),
+    Row("sdxl-fused-self-4096", "FusedAttnProcessor2_0", _LONG, module=_SDXL, fuse=True, small=8),
     Row(
         "sdxl-ip-cross-4096",
         "IPAdapterAttnProcessor2_0",
@@ -199,6 +244,7 @@ ROWS = [
             "scale": [0.6, 0.4],
         },
         more=_prompts,
+        small=8,
     ),
     Row(
         "sdxl-custom-diffusion",
@@ -207,8 +253,9 @@ ROWS = [
         (2, 77, 2048),
         _CROSS,
         init={"hidden_size": 640, "cross_attention_dim": 2048},
+        small=8,
     ),
-    Row("sd15-eager-4096", "AttnProcessor", (2, 4096, 320), module=_SD15),
+    Row("sd15-eager-4096", "AttnProcessor", (2, 4096, 320), module=_SD15, small=1),
     Row(
         "sd15-sliced-4096",
         "SlicedAttnProcessor",
@@ -216,6 +263,7 @@ ROWS = [
         None,
         _SD15,
         init={"slice_size": 4},
+        small=1,
     ),
     Row(
         "kandinsky-addedkv-1024",
@@ -232,13 +280,39 @@ ROWS = [
             residual_connection=True,
             cross_attention_dim=768,
         ),
+        small=4,
     ),
-    Row("sd15-cross-frame-8x4096", "CrossFrameAttnProcessor", (16, 1024, 320), module=_SD15),
     Row(
-        "sdxl-pagcfg-self-4096", "PAGCFGIdentitySelfAttnProcessor2_0", (3, 4096, 640), module=_SDXL
+        "sd15-cross-frame-8x4096",
+        "CrossFrameAttnProcessor",
+        (16, 1024, 320),
+        module=_SD15,
+        small=4,
     ),
-    Row("sd3-joint-4096+333", "JointAttnProcessor2_0", (2, 4096, 1536), (2, 333, 1536), _SD3),
-    Row("sd35-joint-4096+333", "JointAttnProcessor2_0", (2, 4096, 2432), (2, 333, 2432), _SD35),
+    Row(
+        "sdxl-pagcfg-self-4096",
+        "PAGCFGIdentitySelfAttnProcessor2_0",
+        (3, 4096, 640),
+        module=_SDXL,
+        small=8,
+    ),
+    Row(
+        "sd3-joint-4096+333",
+        "JointAttnProcessor2_0",
+        (2, 4096, 1536),
+        (2, 333, 1536),
+        _SD3,
+        small=8,
+        narrow=4,
+    ),
+    Row(
+        "sd35-joint-4096+333",
+        "JointAttnProcessor2_0",
+        (2, 4096, 2432),
+        (2, 333, 2432),
+        _SD35,
+        narrow=2,
+    ),
     Row(
         "sd3-fused-joint-4096",
         "FusedJointAttnProcessor2_0",
@@ -246,6 +320,8 @@ ROWS = [
         (2, 333, 1536),
         _SD3,
         fuse=True,
+        small=8,
+        narrow=4,
     ),
     Row(
         "sd3-pagcfg-joint-4096",
@@ -253,8 +329,18 @@ ROWS = [
         (3, 4096, 1536),
         (3, 333, 1536),
         _SD3,
+        small=8,
+        narrow=4,
     ),
-    Row("sd3-pag-joint-4096", "PAGJointAttnProcessor2_0", (2, 4096, 1536), (2, 333, 1536), _SD3),
+    Row(
+        "sd3-pag-joint-4096",
+        "PAGJointAttnProcessor2_0",
+        (2, 4096, 1536),
+        (2, 333, 1536),
+        _SD3,
+        small=8,
+        narrow=4,
+    ),
     Row(
         "sd35-ip-joint-4096",
         "SD3IPAdapterJointAttnProcessor2_0",
@@ -263,6 +349,7 @@ ROWS = [
         _SD35,
         init={"hidden_size": 2432, "ip_hidden_states_dim": 2432, "head_dim": 64},
         more=_sd3_prompt,
+        narrow=2,
     ),
     Row(
         "flux-double-4096+512",
@@ -272,6 +359,8 @@ ROWS = [
         _DOUBLE,
         "flux",
         more=_pairs(128, joint=True),
+        small=8,
+        narrow=4,
     ),
     Row(
         "flux-fused-double-4096",
@@ -282,6 +371,8 @@ ROWS = [
         "flux",
         more=_pairs(128, joint=True),
         fuse=True,
+        small=8,
+        narrow=4,
     ),
     Row(
         "flux-single-4608",
@@ -291,6 +382,8 @@ ROWS = [
         {**_FLUX, "pre_only": True},
         "flux",
         more=_pairs(128),
+        small=8,
+        narrow=4,
     ),
     Row(
         "flux-ip-double-4096",
@@ -301,6 +394,8 @@ ROWS = [
         "flux",
         {"hidden_size": 3072, "cross_attention_dim": 4096},
         _flux_prompt,
+        small=8,
+        narrow=4,
     ),
     Row(
         "auraflow-4096+256",
@@ -308,6 +403,8 @@ ROWS = [
         (1, 4096, 3072),
         (1, 256, 3072),
         _heads(3072, 12, 256, added_kv_proj_dim=3072, context_pre_only=False, **_AURA),
+        small=8,
+        narrow=4,
     ),
     Row(
         "cogvideox5b-17550+226",
@@ -316,6 +413,7 @@ ROWS = [
         (1, 226, 3072),
         _heads(3072, 48, 64, qk_norm="layer_norm", bias=True, eps=1e-6),
         more=_pairs(64),
+        narrow=8,
     ),
     Row(
         "hunyuandit-self-4096",
@@ -324,6 +422,8 @@ ROWS = [
         None,
         _HUNYUAN,
         more=_pairs(88),
+        small=8,
+        narrow=4,
     ),
     Row(
         "hunyuandit-pagcfg-4096",
@@ -332,6 +432,8 @@ ROWS = [
         None,
         _HUNYUAN,
         more=_pairs(88),
+        small=8,
+        narrow=4,
     ),
     Row(
         "mochi-16384+256-masked",
@@ -341,6 +443,7 @@ ROWS = [
         _heads(3072, 24, 128, added_kv_proj_dim=1536, added_proj_bias=False, out_context_dim=1536),
         "mochi",
         more=_mochi,
+        narrow=4,
     ),
     Row(
         "mochi-vae-temporal",
@@ -348,14 +451,31 @@ ROWS = [
         (3000, 28, 768),
         None,
         _heads(768, 8, 96, qk_norm="l2", is_causal=True),
+        narrow=2,
     ),
-    Row("sana-linear-1024", "SanaLinearAttnProcessor2_0", (2, 1024, 2240), module=_SANA),
-    Row("sana-linear-16384", "SanaLinearAttnProcessor2_0", (2, 16384, 2240), module=_SANA),
+    Row(
+        "sana-linear-1024",
+        "SanaLinearAttnProcessor2_0",
+        (2, 1024, 2240),
+        module=_SANA,
+        small=4,
+        narrow=5,
+    ),
+    Row(
+        "sana-linear-16384",
+        "SanaLinearAttnProcessor2_0",
+        (2, 16384, 2240),
+        module=_SANA,
+        small=8,
+        narrow=5,
+    ),
     Row(
         "sana-linear-pagcfg-4096",
         "PAGCFGSanaLinearAttnProcessor2_0",
         (3, 4096, 2240),
         module=_SANA,
+        small=4,
+        narrow=5,
     ),
     Row(
         "dcae-multiscale-64x64",
@@ -371,6 +491,7 @@ ROWS = [
             "residual_connection": True,
         },
         "multiscale",
+        small=4,
     ),
     Row(
         "stable-audio-self-1024",
@@ -379,6 +500,8 @@ ROWS = [
         None,
         _AUDIO,
         more=_pairs(32, name="rotary_emb"),
+        small=4,
+        narrow=2,
     ),
     Row(
         "stable-audio-cross",
@@ -387,6 +510,8 @@ ROWS = [
         (2, 130, 768),
         {**_AUDIO, "cross_attention_dim": 768, "kv_heads": 12},
         more=_pairs(32, name="rotary_emb"),
+        small=4,
+        narrow=2,
     ),
     Row(
         "lumina-self-4096-gqa",
@@ -395,6 +520,8 @@ ROWS = [
         (2, 4096, 2304),
         _heads(2304, 32, 72, eps=1e-5, **_LUMINA),
         more=_lumina,
+        small=8,
+        narrow=4,
     ),
     Row(
         "allegro-28800",
@@ -403,5 +530,6 @@ ROWS = [
         None,
         _heads(2304, 24, 96, bias=True),
         more=_allegro,
+        narrow=4,
     ),
 ]

@@ -39,7 +39,7 @@ def main(
     ] = "eager,graph,peak,floor",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     shrink: Annotated[
-        int | None, typer.Option(help="Divide the tokens; 0, as on a CPU, is by each row.")
+        int | None, typer.Option(help="Divide the tokens; 0, as on a CPU, is by each row's own.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time of one measurement.")] = 0.4,
     compile_limit: Annotated[float, typer.Option(help="Seconds that compiling may take.")] = 60,
@@ -66,9 +66,15 @@ def main(
 
 def of_row(row: Row, options: Options) -> dict[str, Any]:
     """All that is asked about one row."""
+    found: dict[str, Any] = {"class": row.cls}
+
+    def make() -> Pair:
+        both = pair(row, options.device, options.dtype, options.shrink)
+        found.update(x=both.row.x, text=both.row.text)
+        return both
+
     modes = [(name, MODES[name]) for name in options.modes]
-    found = gated(lambda: pair(row, options.device, options.dtype, options.shrink), modes, options)
-    return {"class": row.cls} | found
+    return found | gated(make, modes, options)
 
 
 def _floor(both: Pair, options: Options) -> Found:

@@ -105,6 +105,7 @@ class Pair:
 def pair(row: Row, device: str, dtype: torch.dtype, shrink: int = 1) -> Pair:
     """Builds a row for both sides; adapters of ours take the weights of diffusers'."""
     setting = make(row, device, dtype, shrink)
+    row = setting.row
     theirs = reference(row.cls, row.init)
     if isinstance(theirs, nn.Module):
         theirs.to(device, dtype)
