@@ -25,12 +25,14 @@ from attnproc.places import Box
 from attnproc.steering import Region, align
 
 LEFT, RIGHT = Box(0, 0, 0.5, 1), Box(0.5, 0, 1, 1)
+# Of both halves, the left one, the right one; width of the edge.
 HALVES = (
-    ("octopus on a yellow background", "octopus on a blue background", 0.0),
-    ("red apple", "green apple", 0.3),
-    ("rocket and pizza", "pizza and rocket", 0.0),
-    ("snowman and bicycle", "penguin and castle", 0.0),
-    ("cat", "umbrella", 0.1),
+    ("octopus", "octopus on a yellow background", "octopus on a blue background", 0.0),
+    ("apple", "red apple", "green apple", 0.3),
+    ("cat and umbrella", "blue cat", "red umbrella", 0.0),
+    ("apple and octopus", "red apple", "green octopus", 0.0),
+    ("snowman and bicycle", "snowman on a green background", "bicycle on a pink background", 0.0),
+    ("cat and umbrella", "umbrella", "cat", 0.0),
 )
 EDITS = (
     ("red heart", "blue heart"),
@@ -39,6 +41,8 @@ EDITS = (
     ("green apple on a yellow background", "green pear on a yellow background"),
     ("cat", "dog"),
 )
+# How far the prompt for the whole is seen in the halves.
+BASES = (0.0, 0.1)
 # Cross attention until, self attention until, as fractions of the steps.
 KEPT = ((0.8, 0.0), (0.8, 0.4), (1.0, 0.8))
 WEIGHTS = (0.0, 0.5, 1.5, -1.0)
@@ -67,14 +71,23 @@ def main(
     page([references(pipeline, layers, file)], out / "references.png")
 
 
-def halves(pipeline: Any, layers: Layers, left: str, right: str, soft: float) -> list[Tile]:
-    """A prompt for each half, with both pictures as they are without."""
-    found = [(run(pipeline, [text])[0], text) for text in (left, right)]
-    layers.with_regions(Region(0, LENGTH, LEFT, soft), Region(LENGTH, 2 * LENGTH, RIGHT, soft))
-    pairs = [pipeline.encode_prompt(text, "cpu", 1, True) for text in (left, right)]
-    prompts, empty = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
-    found.append((run(pipeline, None, prompt_embeds=prompts, negative_prompt_embeds=empty)[0], ""))
-    layers.without("regions", missing=True)
+def halves(
+    pipeline: Any, layers: Layers, whole: str, left: str, right: str, soft: float
+) -> list[Tile]:
+    """A prompt for the whole and one for each half, by themselves and together."""
+    prompts = (whole, left, right)
+    found = [(run(pipeline, [text])[0], text) for text in prompts]
+    pairs = [pipeline.encode_prompt(text, "cpu", 1, True) for text in prompts]
+    words, empty = (torch.cat(side, dim=1) for side in zip(*pairs, strict=True))
+    spans = [(i * LENGTH, (i + 1) * LENGTH) for i in range(3)]
+    regions = [
+        Region(*span, box, soft) for span, box in zip(spans, (None, LEFT, RIGHT), strict=True)
+    ]
+    for base in BASES:
+        layers.with_regions(*regions, base=base)
+        picture = run(pipeline, None, prompt_embeds=words, negative_prompt_embeds=empty)[0]
+        found.append((picture, f"base {base:g}"))
+        layers.without("regions", missing=True)
     return found
 
 

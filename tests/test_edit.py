@@ -61,8 +61,9 @@ def test_an_edit_of_no_strength_and_one_to_the_same_words(
         ["red heart", "--reference", "stripes.png"],
         ["red heart", "--reference", "stripes.png", "--region", "blue heart:0,0,0.5,1"],
         ["(red:0) heart", "--schedule", "0,0.5"],
+        ["red heart", "--region", "blue heart:0,0,0.5,1", "--schedule", "0,0.5"],
     ],
-    ids=["weights", "region", "reference", "both", "schedule"],
+    ids=["weights", "region", "reference", "both", "schedule", "scheduled region"],
 )
 def test_what_steers_changes_the_picture(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -77,6 +78,22 @@ def test_what_steers_changes_the_picture(
     done("generate", *options, "--out", "steered.png", *steps)
 
     assert not np.array_equal(pixels(Path("plain.png")), pixels(Path("steered.png")))
+
+
+def test_regions_outside_their_schedule_leave_the_prompt(tmp_path: Path) -> None:
+    options = ["--steps", 2, "--size", 64, "--region", "blue heart:0,0,0.5,1"]
+    paths = [tmp_path / f"{name}.png" for name in ("plain", "never", "late", "always")]
+
+    done("generate", "red heart", "--out", paths[0], *options[:4])
+    # The two steps are at 0 and at 0.5.
+    done("generate", "red heart", "--out", paths[1], *options, "--schedule", "0.9,1")
+    done("generate", "red heart", "--out", paths[2], *options, "--schedule", "0.5,1")
+    done("generate", "red heart", "--out", paths[3], *options)
+
+    plain, never, late, always = (pixels(path).astype(int) for path in paths)
+    assert np.abs(plain - never).max() <= 1
+    assert np.abs(plain - late).max() > 8
+    assert np.abs(always - late).max() > 8
 
 
 def test_with_guidance_maps_and_a_page(tmp_path: Path) -> None:

@@ -190,6 +190,39 @@ def test_regions_of_half_strength_and_with_a_mask() -> None:
     )
 
 
+@pytest.mark.parametrize("where", ["", "behind", "before"])
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("soft", [0.0, 0.6])
+def test_a_base_prompt_lays_out_the_whole(
+    kernel: Any, soft: float, strength: float, where: str
+) -> None:
+    regions = (Region(0, 2, None), Region(2, 4, LEFT, soft), Region(4, 6, RIGHT, soft))
+    q, k, v = drawn(S + T, S + T) if where else drawn()
+    scoring = joint_scoring(where) if where else Scoring()
+    image, text = JOINT.get(where, (slice(0, S), slice(0, T)))
+
+    found = Regional(regions, strength=strength, base=0.2)(kernel, q, k, v, scoring)
+
+    seen = naive_regions(regions, bool(soft), False, where)
+    first = slice(text.start, text.start + 2)
+    rest = naive_shares(regions, bool(soft))[0].clamp(min=0.2)
+    seen[image, first] = rest[:, None]
+    plain = torch.ones_like(seen)
+    plain[:, text.start + 2 : text.stop] = 0
+    if where:
+        seen[first, image] = rest
+        for low in (2, 4):
+            own = slice(text.start + low, text.start + low + 2)
+            plain[own, own] = 1
+    shown = (1 - strength) * plain + strength * seen
+    torch.testing.assert_close(found, map_of(q, k, shown.log()) @ v, rtol=0, atol=1e-6)
+    if strength == 0:
+        # The picture is that of the base prompt alone.
+        some = [i for i in range(k.shape[2]) if not text.start + 2 <= i < text.stop]
+        alone = map_of(q[:, :, image], k[:, :, some]) @ v[:, :, some]
+        torch.testing.assert_close(found[:, :, image], alone, rtol=0, atol=1e-6)
+
+
 def test_a_region_beyond_the_text() -> None:
     with pytest.raises(ValueError, match="regions reach token 8, the text has 6 tokens"):
         Regional((Region(1, 9, LEFT),))(REFERENCE, *drawn(), Scoring())
@@ -440,6 +473,23 @@ def test_all_at_once_compiled_in_one_graph_with_schedules() -> None:
 
 
 @torch.no_grad()
+def test_scheduled_regions_leave_the_base_prompt_in_one_graph() -> None:
+    model, base = Model(), Model()
+    on = attnproc.on(model)
+    regions = (Region(0, 2, None), Region(2, 4, LEFT), Region(4, 6, RIGHT, 0.3))
+    on.with_regions(*regions, strength=on.schedule(1.0, 0.0, 0.5), base=0.1)
+    base.text = base.text[:, :2]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    for time in (0.0, 0.6):
+        on.clock.set(time)
+        eager = model()
+        torch.testing.assert_close(compiled(), eager)
+        assert torch.allclose(eager, base(), atol=1e-5) == (time > 0.5)
+
+
+@torch.no_grad()
 def test_strengths_by_layer() -> None:
     model = Model()
     attnproc.on(model).with_word_weights({1: 3.0}, part=(0, 1), strength={"nowhere": 1.0})
@@ -481,6 +531,8 @@ def test_parts_pickle_compare_and_print() -> None:
         (lambda: Nearby(-1), "from 0 on"),
         (lambda: Region(3, 3, None), "no tokens"),
         (lambda: Region(1, 3, None, -1), "widths from 0 on"),
+        (lambda: Regional((Region(1, 3, LEFT),), base=0.1), "a region without a box"),
+        (lambda: Regional((Region(1, 3, None),), base=2), "numbers from 0 to 1"),
     ],
 )
 def test_what_is_not_possible(make: Callable[[], Any], message: str) -> None:

@@ -68,7 +68,8 @@ Region = Annotated[
     typer.Option(
         metavar="WORDS:BOX",
         help="Words for a part of the picture, left,top,right,bottom in fractions, as in "
-        '"cat:0,0,0.5,1"; the prompt holds for the rest. May be given again.',
+        '"cat:0,0,0.5,1"; the prompt lays out the whole and holds for the rest. May be given '
+        "again.",
     ),
 ]
 Reference = Annotated[
@@ -79,6 +80,7 @@ Schedule = Annotated[
     str | None,
     typer.Option(
         metavar="BEGIN,END",
-        help="During which part of the steps word weights and reference hold, as in 0,0.6.",
+        help="During which part of the steps word weights, regions and reference hold, as in "
+        "0,0.6.",
     ),
 ]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Steering", "Steps", "span", "steer", "weights_of"]
 
 _SOFT = 0.1
+# How far the prompt is seen in the regions too: it lays out the picture, these fill in.
+_BASE = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Steering:
         weights: Factors of words by their token.
         regions: Prompts of parts of the picture, with these parts.
         reference: The picture that the others look at.
-        steps: During which steps weights and reference hold.
+        steps: During which steps weights, regions and reference hold.
     """
 
     weights: tuple[tuple[int, float], ...] = ()
@@ -79,8 +81,7 @@ class Steering:
             spans = [(i * length, (i + 1) * length) for i in range(len(self.regions) + 1)]
             boxes = [None, *(box for _, box in self.regions)]
             parts = [Region(*at, box, _SOFT) for at, box in zip(spans, boxes, strict=True)]
-            # Without regions the picture would see all prompts at once.
-            layers.with_regions(*parts)
+            layers.with_regions(*parts, strength=strength, base=_BASE)
         if self.reference:
             layers.with_reference(mode="replace", parts=part[1], strength=strength)
 

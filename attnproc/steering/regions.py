@@ -56,6 +56,13 @@ class Regional:
         isolate: Whether in a joint sequence the tokens of a region see no picture outside it.
         aspect: Height of the picture divided by its width.
         strength: From 0, no regions, to 1; also a tensor or a `Schedule`.
+        base: For prompts that were put one after another, of which the background's is about the
+            whole picture: how far that one is seen in the other regions too, from 0 to 1. At
+            strength 0 it alone is seen. None where regions are spans of one prompt, which is
+            seen as it is then.
+
+    Raises:
+        ValueError: There is a `base` without a background.
 
     Source: https://arxiv.org/abs/2411.02395
     """
@@ -64,21 +71,32 @@ class Regional:
     isolate: bool = False
     aspect: float = 1.0
     strength: Strength = 1.0
+    base: float | None = None
     name: ClassVar[str] = "regions"
+
+    def __post_init__(self) -> None:
+        if self.base is None:
+            return
+        if not 0 <= self.base <= 1:
+            raise ValueError(f"base is {self.base}, possible are numbers from 0 to 1")
+        if all(region.box for region in self.regions):
+            raise ValueError("base is the share of a region without a box, and all have one")
 
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
         strength = now(self.strength)
         steady = not isinstance(strength, Tensor)
-        if steady and strength == 0:
+        if steady and strength == 0 and self.base is None:
             return kernel(q, k, v, scoring)
         layout = _layout(self, scoring, q.shape[2], k.shape[2])
-        if steady and strength == 1 and not any(region.soft for region in self.regions):
+        hard = not self.base and not any(region.soft for region in self.regions)
+        if steady and strength == 1 and hard:
             scoring = scoring._replace(mods=(*scoring.mods, _Seen(layout)))
             return kernel(q, k, v, scoring)
-        made = _visible if torch.compiler.is_compiling() else _kept_visible
-        shown = 1 + strength * (made(layout, q.device) - 1)  # [Q, K]
+        made = _both if torch.compiler.is_compiling() else _kept_both
+        plain, seen = made(layout, q.device)  # [Q, K]
+        shown = plain + strength * (seen - plain)
         bias = Bias(shown.log().to(q.dtype)[None, None])
         mask = joined(scoring.mask, bias)
         return kernel(q, k, v, scoring._replace(mask=mask))
@@ -99,6 +117,7 @@ class _Layout:
     text: int
     """The first key of the text."""
     joint: bool
+    base: float | None
 
 
 def _layout(regional: Regional, scoring: Scoring, queries: int, keys: int) -> _Layout:
@@ -116,6 +135,7 @@ def _layout(regional: Regional, scoring: Scoring, queries: int, keys: int) -> _L
         (first, keys),
         text.start,
         joint,
+        regional.base,
     )
 
 
@@ -181,12 +201,29 @@ def _in_box(lay: _Layout, at: Tensor, box: Box) -> Tensor:
     return (row >= rows.start) & (row < rows.stop) & (col >= cols.start) & (col < cols.stop)
 
 
+def _both(lay: _Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How far each key is seen by each query ``[Q, K]`` without regions, and with them."""
+    plain = torch.ones(lay.queries[1], lay.keys[1], device=device)
+    for region in lay.regions:
+        if lay.base is not None and region.box:
+            words = slice(lay.text + region.start, lay.text + region.stop)
+            plain[:, words] = 0
+            if lay.joint:
+                # They see themselves, so that no row is empty.
+                plain[words, words] = 1
+    return plain, _visible(lay, device)
+
+
+_kept_both = functools.lru_cache(maxsize=64)(_both)
+
+
 def _visible(lay: _Layout, device: torch.device) -> Tensor:
     """How far each key is seen by each query ``[Q, K]``, from 0 to 1."""
     shares = {region: _share(lay, region, device) for region in lay.regions if region.box}
     rest = torch.ones(lay.height * lay.width, device=device)
     for share in shares.values():
         rest = torch.minimum(rest, 1 - share)
+    rest = rest.clamp(min=lay.base or 0.0)
 
     shown = torch.ones(lay.queries[1], lay.keys[1], device=device)
     q = slice(lay.queries[0], lay.queries[0] + lay.height * lay.width)
@@ -203,9 +240,6 @@ def _visible(lay: _Layout, device: torch.device) -> Tensor:
         if lay.joint and lay.isolate:
             shown[q, k] = torch.minimum(shown[q, k], 1 - share[:, None] * (1 - share))
     return shown
-
-
-_kept_visible = functools.lru_cache(maxsize=64)(_visible)
 
 
 def _share(lay: _Layout, region: Region, device: torch.device) -> Tensor:
