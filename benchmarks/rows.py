@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ROWS", "Row", "Setting", "Sizes", "make"]
+__all__ = ["ROWS", "Row", "Setting", "Sizes", "make", "pairs"]
 
 Random = Callable[..., Tensor]
 # A text as long as this shrinks with the image; a shorter one is what cross attention sees.
@@ -163,7 +163,9 @@ def _module(row: Row) -> nn.Module:
     return home.Attention(**row.module)
 
 
-def _pairs(width: int, name: str = "image_rotary_emb", joint: bool = False) -> Any:
+def pairs(width: int, name: str = "image_rotary_emb", joint: bool = False) -> Any:
+    """Makes a rotary table of cosines and sines, over the image or over text and image."""
+
     def more(sizes: Sizes, random: Random) -> dict[str, Any]:
         angles = random(sizes.image + (sizes.text if joint else 0), width).float()
         return {name: (angles.cos(), angles.sin())}
@@ -182,7 +184,7 @@ def _sd3_prompt(sizes: Sizes, random: Random) -> dict[str, Any]:
 
 
 def _flux_prompt(sizes: Sizes, random: Random) -> dict[str, Any]:
-    rope = _pairs(128, joint=True)(sizes, random)
+    rope = pairs(128, joint=True)(sizes, random)
     return {**rope, "ip_hidden_states": [random(1, 4, 4096 // sizes.narrow)]}
 
 
@@ -358,7 +360,7 @@ ROWS = [
         (1, 512, 3072),
         _DOUBLE,
         "flux",
-        more=_pairs(128, joint=True),
+        more=pairs(128, joint=True),
         small=8,
         narrow=4,
     ),
@@ -369,7 +371,7 @@ ROWS = [
         (1, 512, 3072),
         _DOUBLE,
         "flux",
-        more=_pairs(128, joint=True),
+        more=pairs(128, joint=True),
         fuse=True,
         small=8,
         narrow=4,
@@ -381,7 +383,7 @@ ROWS = [
         None,
         {**_FLUX, "pre_only": True},
         "flux",
-        more=_pairs(128),
+        more=pairs(128),
         small=8,
         narrow=4,
     ),
@@ -412,7 +414,7 @@ ROWS = [
         (1, 17550, 3072),
         (1, 226, 3072),
         _heads(3072, 48, 64, qk_norm="layer_norm", bias=True, eps=1e-6),
-        more=_pairs(64),
+        more=pairs(64),
         narrow=8,
     ),
     Row(
@@ -421,7 +423,7 @@ ROWS = [
         (2, 4096, 1408),
         None,
         _HUNYUAN,
-        more=_pairs(88),
+        more=pairs(88),
         small=8,
         narrow=4,
     ),
@@ -431,7 +433,7 @@ ROWS = [
         (3, 4096, 1408),
         None,
         _HUNYUAN,
-        more=_pairs(88),
+        more=pairs(88),
         small=8,
         narrow=4,
     ),
@@ -499,7 +501,7 @@ ROWS = [
         (2, 1025, 1536),
         None,
         _AUDIO,
-        more=_pairs(32, name="rotary_emb"),
+        more=pairs(32, name="rotary_emb"),
         small=4,
         narrow=2,
     ),
@@ -509,7 +511,7 @@ ROWS = [
         (2, 1024, 1536),
         (2, 130, 768),
         {**_AUDIO, "cross_attention_dim": 768, "kv_heads": 12},
-        more=_pairs(32, name="rotary_emb"),
+        more=pairs(32, name="rotary_emb"),
         small=4,
         narrow=2,
     ),

@@ -14,7 +14,8 @@ pass is timed. Then the modes, the sides by turns:
     peak      memory above what was held before: forward, and backward if that is asked too
     floor     the linear layers and the fastest attention kernel alone (benchmarks/floor.py)
 
-Results go to `benchmarks/results/run-<device>-<dtype>.json` after each row.
+Results go to `benchmarks/results/run-<device>-<dtype>.json` after each row, those of
+`--variants` to `variants-<device>-<dtype>.json`.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from results import RESULTS
 from rows import ROWS, Row
 from session import DTYPES, chosen, chosen_modes, measured, named, opened
 from sides import Pair, pair
+from variants import VARIANTS
 
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[list[str] | None, typer.Option(help="Pattern of rows; several add.")] = None,
+    variants: Annotated[bool, typer.Option(help="Other shapes: benchmarks/variants.py.")] = False,
     modes: Annotated[
         str, typer.Option(help="Of eager, graph, compiled, backward, peak, floor; by commas.")
     ] = "eager,graph,peak,floor",
@@ -49,7 +52,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
 ) -> None:
     """Times the rows and writes the JSON."""
-    rows = chosen(ROWS, only)
+    rows = chosen(VARIANTS if variants else ROWS, only)
     shrink = int(device != "cpu") if shrink is None else shrink
     options = Options(
         device,
@@ -59,7 +62,8 @@ def main(
         seconds,
         compile_limit,
     )
-    path = out or RESULTS / f"run-{device}-{dtype}.json"
+    kind = "variants" if variants else "run"
+    path = out or RESULTS / f"{kind}-{device}-{dtype}.json"
     results = opened(path, device, commit, merge, dtype=dtype, shrink=shrink)
     measured(rows, lambda row: of_row(row, options), results, limit)
 
