@@ -367,6 +367,48 @@ def test_maps_equal_plain_attention_in_every_configuration(case: Any) -> None:
             assert torch.equal(maps.sums["layer"].double(), got)
 
 
+# One of each kind in the fast set, all others in the slow one.
+SOON = {
+    *("AttnProcessor2_0", "SlicedAttnProcessor", "CrossFrameAttnProcessor"),
+    *("AttnAddedKVProcessor2_0", "IPAdapterAttnProcessor2_0", "PAGCFGJointAttnProcessor2_0"),
+    *("FluxAttnProcessor2_0", "CogVideoXAttnProcessor2_0", "LuminaAttnProcessor2_0"),
+    *(
+        "MochiAttnProcessor2_0",
+        "MochiVaeAttnProcessor2_0",
+        "PAGIdentitySanaLinearAttnProcessor2_0",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=cls, marks=[] if cls in SOON else pytest.mark.slow)
+        for cls, case in FIRST.items()
+    ],
+)
+@pytest.mark.usefixtures("stand_ins")
+@torch.no_grad()
+def test_every_class_is_captured_in_one_graph(case: Any) -> None:
+    setting = build(case, "ours", torch.float32, own_modules=True)
+    plain, proc = setting.call(), setting.processor
+    eager, maps = Maps(part=(0, 1)), Maps(part=(0, 1))
+    found: dict[str, Any] = {}
+    for name, kept in (("eager", eager), ("compiled", maps)):
+        setting.processor = proc.but(around=(Capture(kept, "layer"), *proc.recipe.around))
+        call: Any = lambda: setting.processor(setting.attn, **setting.inputs)  # noqa: E731
+        torch._dynamo.reset()
+        run = torch.compile(call, backend="eager", fullgraph=True) if name == "compiled" else call
+        out = run()
+        found[name] = out if isinstance(out, tuple) else (out,)
+
+    for out in found.values():
+        assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))
+    assert maps.calls == eager.calls
+    for layer, expected in eager.sums.items():
+        torch.testing.assert_close(maps.sums[layer], expected, rtol=0, atol=1e-6)
+
+
 @torch.no_grad()
 def test_steps_heads_and_regions() -> None:
     model = Model()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from ..kernels import AUTO, SDPA
+from ..kernels import AUTO, SDPA, Kernel
 from ..kernels.native import only_causal
 from ..kernels.takes import constant
 from ..kernels.tuned import is_tuned
@@ -55,7 +55,10 @@ def attended(
 
 def _plain(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
     """Whether torch's own attention gets the call as it is, and pads nothing."""
-    if kernel not in (AUTO, SDPA) or k.shape[2] < _KEYS or not only_causal(scoring):
+    # A wrapper is no kernel; compiled code can't compare the two.
+    if not isinstance(kernel, Kernel) or kernel not in (AUTO, SDPA):
+        return False
+    if k.shape[2] < _KEYS or not only_causal(scoring):
         return False
     if q.shape[:2] != k.shape[:2] or q.shape[3] % 8 or q.shape[3] != v.shape[3]:
         return False
