@@ -35,40 +35,42 @@ from .spread import Room, Sequences, Spread, heads_of, to_heads, to_tokens
 if TYPE_CHECKING:
     from ..processor import Processor
 
-__all__ = ["beside", "keeps_grid", "own_call", "spread_out", "tokens_of"]
+__all__ = ["beside", "own_call", "spread_out", "takes_own", "tokens_of"]
 
 
 def own_call(proc: Processor, call: Call) -> Call:
     """The call with the parts of position tables and picture masks that belong to own tokens."""
-    spread = spread_of(proc)
-    if spread is None or spread.tokens.size == 1 or keeps_grid(proc.recipe, call):
+    spread, rotary = spread_of(proc), proc.recipe.rotary
+    if spread is None or spread.tokens.size == 1:
         return call
     if not spread.inside:
         return (
-            call
-            if call.ip_masks is None
-            else call._replace(ip_masks=_masks(proc.recipe, call, spread))
+            call if call.ip_masks is None else call._replace(ip_masks=_masks(proc, call, spread))
         )
-    counts = shares(tokens_of(proc.recipe, call.x), spread.tokens.size)
-    at = spans(counts)[spread.tokens.rank]
-    masks = None if call.ip_masks is None else _masks(proc.recipe, call, spread)
-    rotary = proc.recipe.rotary
+    if not takes_own(spread, proc.recipe, call):
+        return call
+    if call.ip_masks is not None:
+        call = call._replace(ip_masks=_masks(proc, call, spread))
     if rotary is None:
-        return call._replace(ip_masks=masks)
+        return call
+    at = spans(shares(tokens_of(proc.recipe, call.x), spread.tokens.size))[spread.tokens.rank]
     text = call.context.shape[1] if rotary.over == "joint" and call.context is not None else 0
     axis = -3 if rotary.form is per_head else -2
     cross = call.context is not None and call.context is not call.x
     of_keys = call.key_rope if cross else _own_table(call.key_rope, at, axis, 0)
-    return call._replace(
-        rope=_own_table(call.rope, at, axis, text), key_rope=of_keys, ip_masks=masks
-    )
+    return call._replace(rope=_own_table(call.rope, at, axis, text), key_rope=of_keys)
 
 
-def keeps_grid(recipe: Recipe, call: Call) -> bool:
-    """Whether the input stays a grid up to the projections, which then work on all of it."""
-    return call.x.ndim != 3 and not any(
-        isinstance(step, GridIn | ChannelsFirst) for step in recipe.frame
-    )
+def takes_own(spread: Spread, recipe: Recipe, call: Call) -> bool:
+    """Whether a module takes its own of all tokens, before it projects them.
+
+    It does not where the projections work on a grid, or where a rank would have no token.
+    """
+    if not spread.inside or spread.tokens.size == 1:
+        return False
+    into_tokens = any(isinstance(step, GridIn | ChannelsFirst) for step in recipe.frame)
+    grid = call.x.ndim != 3 and not into_tokens
+    return not grid and tokens_of(recipe, call.x) >= spread.tokens.size
 
 
 def tokens_of(recipe: Recipe, x: Tensor) -> int:
@@ -166,7 +168,7 @@ def _places(at: Site, arranged: Arranged, spread: Spread) -> _Places:
     text_k, image_k = arranged.text_keys, arranged.k.shape[2] - arranged.text_keys
     other = call.context is not None and call.context is not call.x
     cross = image_k == 0 or (text_k == 0 and other)
-    image_whole = spread.inside and keeps_grid(at.recipe, call)
+    image_whole = spread.inside and axis.size > 1 and not takes_own(spread, at.recipe, call)
     text_whole = spread.inside or spread.text == "replicated" or text_q == 0
 
     if spread.inside:
@@ -219,14 +221,22 @@ def _over_keys_alone(work: _Work) -> Way | None:
 
 def _linear(work: _Work) -> Way | None:
     """Linear attention: sums over own keys are added up, which are small."""
-    places, around = work.places, work.at.recipe.around
-    local = all(isinstance(part, Perturbed) and part.perturb is identity for part in around)
-    if not kernel_of(work.kernel).linear or not local or places.rows or places.cross:
+    at, arranged, kernel, places = work
+    axis = places.spread.tokens
+    local = all(isinstance(p, Perturbed) and p.perturb is identity for p in at.recipe.around)
+    if not kernel_of(kernel).linear or not local or places.rows or places.cross:
         return None
-    if work.at.call.mask is not None or work.arranged.text_keys:
+    if at.call.mask is not None or arranged.text_keys:
         return None
-    home = partial(_all_of_grid, places) if places.image_whole else stay
-    return work.at, _own_of_grid(work), Reduced(places.spread.tokens), home
+    if not places.image_whole:
+        return at, arranged, Reduced(axis), stay
+    q, k, v = (_own_of_image(t, places.of_q, axis.rank) for t in arranged[:3])
+    arranged = arranged._replace(q=q, k=k, v=v, length=q.shape[2])
+    return at, arranged, Reduced(axis), partial(_all_of_image, places)
+
+
+def _all_of_image(places: _Places, o: Tensor, span: Span) -> tuple[Tensor, Span]:
+    return gather(o, places.of_q.image, 2, places.spread.tokens), span
 
 
 def _round_ring(work: _Work) -> Way | None:
@@ -273,14 +283,17 @@ def _for_heads(work: _Work) -> Way:
 
 def _exchanged(work: _Work, axis: Axis, ranks: range) -> tuple[Arranged, Room]:
     """The tokens of some ranks, for own heads."""
-    places, arranged = work.places, _own_of_grid(work)
+    places, arranged = work.places, work.arranged
     q, k, v = arranged[:3]
+    rank = places.spread.tokens.rank
     if places.text_whole or places.cross:
-        q = _own_of_text(q, arranged.length, places, places.of_q)
+        q = _own_of_text(q, arranged.length, places.of_q, rank)
         image_k = k.shape[2] - arranged.text_keys
-        k, v = (_own_of_text(t, image_k, places, places.of_k) for t in (k, v))
-    if places.cross:
-        k, v = (_own_of_image(t, places) for t in (k, v))
+        k, v = (_own_of_text(t, image_k, places.of_k, rank) for t in (k, v))
+    if places.image_whole:
+        q = _own_of_image(q, places.of_q, rank)
+    if places.image_whole or places.cross:
+        k, v = (_own_of_image(t, places.of_k, rank) for t in (k, v))
     rows = places.rows or (q.shape[0],)
     room = Room(axis, rows, tuple(heads_of(q.shape[1], k.shape[1], axis.size)))
     of_q, of_k = places.of_q.some(ranks), places.of_k.some(ranks)
@@ -296,50 +309,39 @@ def _home(places: _Places, room: Room, ranks: range, o: Tensor, span: Span) -> t
     """Own tokens of all heads, and where their image stands."""
     of_q, axis = places.of_q, places.spread.tokens
     o = to_tokens(room, o, of_q.some(ranks)) if room.axis.size > 1 else o
-    if places.image_whole:
-        return _all_of_grid(places, o, span)
     text, image, first = of_q.text[axis.rank], of_q.image[axis.rank], of_q.text_first
     if not any(of_q.text):
-        return o, None
+        return (gather(o, of_q.image, 2, axis) if places.image_whole else o), None
+    streams = o.split((text, image) if first else (image, text), dim=2)
+    of_text, of_image = streams if first else streams[::-1]
     if places.text_whole:
-        streams = o.split((text, image) if first else (image, text), dim=2)
-        of_text, of_image = streams if first else streams[::-1]
         of_text = gather(of_text, of_q.text, 2, axis)
-        text, o = of_text.shape[2], _cat(of_text, of_image, first)
+    if places.image_whole:
+        of_image = gather(of_image, of_q.image, 2, axis)
+    if places.text_whole or places.image_whole:
+        text, image = of_text.shape[2], of_image.shape[2]
+        o = _cat(of_text, of_image, first)
     if places.hidden:
         return o, None
     return o, (text, text + image) if first else (0, image)
 
 
-def _own_of_grid(work: _Work) -> Arranged:
-    """Own tokens of what every rank has computed in whole."""
-    places = work.places
-    if not places.image_whole:
-        return work.arranged
-    at = spans(places.of_q.image)[places.spread.tokens.rank]
-    q, k, v = (t[:, :, at] for t in work.arranged[:3])
-    return work.arranged._replace(q=q, k=k, v=v, length=at.stop - at.start)
-
-
-def _all_of_grid(places: _Places, o: Tensor, span: Span) -> tuple[Tensor, Span]:
-    return gather(o, places.of_q.image, 2, places.spread.tokens), span
-
-
-def _own_of_text(t: Tensor, image: int, places: _Places, tokens: Sequences) -> Tensor:
+def _own_of_text(t: Tensor, image: int, tokens: Sequences, rank: int) -> Tensor:
     """``[B, H, S, D]`` with own tokens of a text that every rank has."""
     text = t.shape[2] - image
     if not text:
         return t
-    at = spans(tokens.text)[places.spread.tokens.rank]
+    at = spans(tokens.text)[rank]
     if tokens.text_first:
         return _cat(t[:, :, at], t[:, :, text:], True)
     return _cat(t[:, :, image + at.start : image + at.stop], t[:, :, :image], False)
 
 
-def _own_of_image(t: Tensor, places: _Places) -> Tensor:
-    """Own keys of an image that every rank has; the text's are own ones already."""
-    tokens, rank = places.of_k, places.spread.tokens.rank
+def _own_of_image(t: Tensor, tokens: Sequences, rank: int) -> Tensor:
+    """Own tokens of an image that every rank has; the text's are own ones already."""
     at, text = spans(tokens.image)[rank], tokens.text[rank]
+    if not text:
+        return t[:, :, at]
     if tokens.text_first:
         return _cat(t[:, :, :text], t[:, :, text + at.start : text + at.stop], True)
     image = t.shape[2] - text
@@ -408,20 +410,19 @@ def _own_entries(part: Tensor, at: slice, axis: int, text: int) -> Tensor:
     return torch.cat((part.narrow(axis, 0, text), own), dim=axis) if text else own
 
 
-def _masks(recipe: Recipe, call: Call, spread: Spread) -> Any:
+def _masks(proc: Processor, call: Call, spread: Spread) -> list[Any]:
     """Masks of image prompts for own tokens, which resizing leaves as they are."""
     axis = spread.tokens
     if spread.inside:
-        counts = shares(tokens_of(recipe, call.x), axis.size)
+        counts = shares(tokens_of(proc.recipe, call.x), axis.size)
     elif spread.uneven:
         (counts,) = lengths(axis, call.x.shape[1], device=call.x.device)
     else:
         counts = (call.x.shape[1],) * axis.size
     at, total = spans(counts)[axis.rank], sum(counts)
-    masks = call.ip_masks
-    assert masks is not None
+    masks: Any = call.ip_masks
     if isinstance(masks, Tensor):
-        masks = list(masks.unsqueeze(1)) if masks.ndim == 4 else list(masks)
+        masks = masks.unsqueeze(1) if masks.ndim == 4 else masks
     return [
         mask if mask is None or mask.ndim != 4 else region(mask[0], total)[:, at][None]
         for mask in masks

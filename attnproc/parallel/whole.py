@@ -15,7 +15,7 @@ from ..processor import Processor
 from ..types import OutputPart, Site
 from .config import spread_of, spread_over
 from .exchange import Axis, gather, shares, spans
-from .line import keeps_grid, tokens_of
+from .line import takes_own, tokens_of
 from .spread import Running, Spread, Text
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class OwnTokens(Step):
 
     def enter(self, at: Site, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         spread = spread_of(at.proc)
-        if spread is None or spread.tokens.size == 1 or keeps_grid(at.recipe, at.call):
+        if spread is None or not takes_own(spread, at.recipe, at.call):
             return x, context
         own = spans(shares(x.shape[1], spread.tokens.size))[spread.tokens.rank]
         if context is not None and at.call.context is at.call.x:
@@ -106,7 +106,7 @@ class AllTokens:
     ) -> Any:
         image, text, *rest = self.of(at, o, span, extra)
         spread = spread_of(at.proc)
-        if spread is None or keeps_grid(at.recipe, at.call):
+        if spread is None or not takes_own(spread, at.recipe, at.call):
             return image, text, *rest
         axis = spread.tokens
         counts = shares(tokens_of(at.recipe, at.call.x), axis.size)
