@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .schedules import Schedule
 from .types import Arranged, Site
 
 __all__ = ["FirstFrame", "detach_first_token"]
@@ -22,11 +23,14 @@ class FirstFrame:
 
     Args:
         batch_size: How many videos the batch ``[videos * frames, ...]`` holds.
+        strength: From 0, their own keys and values, to 1; between them a mixture. Also a tensor
+            or a `Schedule`.
 
     Source: https://arxiv.org/abs/2303.13439
     """
 
     batch_size: int
+    strength: float | Tensor | Schedule = 1.0
     name: ClassVar[str] = "cross_frame"
 
     def __call__(
@@ -40,12 +44,18 @@ class FirstFrame:
                 f"hidden_states has a batch of {k.shape[0]}, which batch_size={self.batch_size} "
                 "videos do not divide"
             )
-        if not text:
-            return self._first(k), self._first(v)
-        first = at.recipe.text_first
-        return self._first_of_image(k, text, first), self._first_of_image(v, text, first)
+        strength = self.strength.now() if isinstance(self.strength, Schedule) else self.strength
+        steady = not isinstance(strength, Tensor)
+        if steady and strength == 0:
+            return k, v
+        first = [self._first_of_image(t, text, at.recipe.text_first) for t in (k, v)]
+        if not (steady and strength == 1):
+            first = [t + strength * (f - t) for t, f in zip((k, v), first, strict=True)]
+        return first[0], first[1]
 
     def _first_of_image(self, t: Tensor, text: int, text_first: bool) -> Tensor:
+        if not text:
+            return self._first(t)
         if text_first:
             return torch.cat((t[:, :, :text], self._first(t[:, :, text:])), dim=2)
         image = t.shape[2] - text

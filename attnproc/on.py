@@ -25,6 +25,7 @@ Kind = Literal["self", "cross", "joint"]
 ByLayer = Strength | Mapping[str, Strength]
 
 _WORDS: tuple[Kind, ...] = ("cross", "joint")
+_ALL: tuple[Kind, ...] = ("self", "cross", "joint")
 
 _ENCODERS = ("encoder_hid_proj.", "image_proj.")
 _JOINT = {
@@ -111,19 +112,17 @@ class Layers:
         """See `Processor.with_joint_ip_adapter`."""
         return self._each(lambda proc, attn: proc.with_joint_ip_adapter(attn, width, **options))
 
-    def with_pag(
-        self, chunks: int = 2, *, blur: float | None = None, perturb: AroundPart | None = None
-    ) -> Layers:
-        """See `Processor.with_pag`."""
-        return self._each(lambda proc, attn: proc.with_pag(chunks, blur=blur, perturb=perturb))
+    def with_pag(self, chunks: int = 2, *, strength: ByLayer = 1.0, **options: Any) -> Layers:
+        """See `Processor.with_pag`, and `with_word_weights` here for `strength`."""
+        return self._steered("with_pag", _ALL, strength, chunks, **options)
 
     def with_slicing(self, size: int) -> Layers:
         """See `Processor.with_slicing`."""
         return self._each(lambda proc, attn: proc.with_slicing(size))
 
-    def with_cross_frame(self, batch_size: int) -> Layers:
-        """See `Processor.with_cross_frame`."""
-        return self._each(lambda proc, attn: proc.with_cross_frame(batch_size))
+    def with_cross_frame(self, batch_size: int, *, strength: ByLayer = 1.0) -> Layers:
+        """See `Processor.with_cross_frame`, and `with_word_weights` here for `strength`."""
+        return self._steered("with_cross_frame", _ALL, strength, batch_size)
 
     def with_capture(self, part: AroundPart) -> Layers:
         """See `Processor.with_capture`."""

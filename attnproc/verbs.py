@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .edits import FirstFrame, detach_first_token
 from .guidance import BlurredMap
@@ -20,8 +20,17 @@ from .kernels import named
 from .kernels.around import Perturbed, Sliced, identity
 from .linears import PROJECTIONS, CustomDiffusion, LoRA, mount_custom_diffusion, mount_lora, widths
 from .prompts import Scale, decoupled, joint_decoupled, mount_joint_prompt, mount_prompts
-from .schedules import Weight
-from .steering import Alignment, PromptToPrompt, Region, Regional, SharedKeys, WordWeights
+from .schedules import Schedule, Weight
+from .steering import (
+    Alignment,
+    Fading,
+    PromptToPrompt,
+    Region,
+    Regional,
+    SharedKeys,
+    WordWeights,
+)
+from .steering.strength import Strength
 from .types import AroundPart, Recipe
 
 if TYPE_CHECKING:
@@ -156,7 +165,12 @@ class Verbs:
         return _settled(proc.but(prompts=(joint_decoupled,)), self, attn)
 
     def with_pag(
-        self, chunks: int = 2, *, blur: float | None = None, perturb: AroundPart | None = None
+        self,
+        chunks: int = 2,
+        *,
+        blur: float | None = None,
+        perturb: AroundPart | None = None,
+        strength: Strength = 1.0,
     ) -> Processor:
         """With perturbed-attention guidance.
 
@@ -164,6 +178,7 @@ class Verbs:
             chunks: 2 for (plain, perturbed), 3 for (unconditional, conditional, perturbed) rows.
             blur: Standard deviation in tokens of a blur of the map; None is the identity map.
             perturb: Other attention of the perturbed rows, as `attnproc.steering` has.
+            strength: From 0, no perturbation, to 1; also a tensor or a `Schedule`.
 
         Raises:
             ValueError: It has it already.
@@ -171,6 +186,8 @@ class Verbs:
         if chunks not in (2, 3):
             raise ValueError(f"chunks is {chunks}, possible are 2 and 3")
         perturb = perturb or (identity if blur is None else BlurredMap(blur))
+        if isinstance(strength, Tensor | Schedule) or strength != 1:
+            perturb = Fading(perturb, strength)
         return self._new("pag")._around(Perturbed(chunks, perturb))
 
     def with_slicing(self, size: int) -> Processor:
@@ -179,10 +196,15 @@ class Verbs:
             raise ValueError(f"size is {size}, possible are numbers of heads from 1 on")
         return self.without("slicing", missing=True)._around(Sliced(size))
 
-    def with_cross_frame(self, batch_size: int) -> Processor:
-        """With the first frame's keys and values for every frame of `batch_size` videos."""
+    def with_cross_frame(self, batch_size: int, *, strength: Strength = 1.0) -> Processor:
+        """With the first frame's keys and values for every frame of `batch_size` videos.
+
+        Args:
+            batch_size: How many videos the batch holds.
+            strength: From 0, their own, to 1; also a tensor or a `Schedule`.
+        """
         proc = self._new("cross_frame")
-        return proc.but(edits=(FirstFrame(batch_size), *proc.recipe.edits))
+        return proc.but(edits=(FirstFrame(batch_size, strength), *proc.recipe.edits))
 
     def with_capture(self, part: AroundPart) -> Processor:
         """With a wrapper that records maps (`attnproc.capture`)."""

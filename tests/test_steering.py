@@ -18,6 +18,7 @@ from attnproc.places import Box
 from attnproc.steering import (
     Alignment,
     BlurredQueries,
+    Fading,
     Nearby,
     PromptToPrompt,
     Region,
@@ -470,6 +471,38 @@ def test_all_at_once_compiled_in_one_graph_with_schedules() -> None:
         eager = model()
         torch.testing.assert_close(compiled(), eager)
         assert torch.allclose(eager, plain) == (time > 0.5)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_perturbation_by_strength(kernel: Any, strength: float) -> None:
+    q, k, v = drawn(S, S)
+    found = Perturbed(2, Fading(Nearby(1), strength))(kernel, q, k, v, Scoring())
+    plain, near = map_of(q, k) @ v, Perturbed(2, Nearby(1))(REFERENCE, q, k, v, Scoring())
+    close(found, (1 - strength) * plain + strength * near)
+
+
+@torch.no_grad()
+def test_perturbation_and_cross_frames_by_schedule_in_one_graph() -> None:
+    verbs: tuple[Callable[..., Any], ...] = (
+        lambda on, **strength: on.with_pag(2, **strength),
+        lambda on, **strength: on.with_cross_frame(1, **strength),
+    )
+    for verb in verbs:
+        model, steered, faded, mixture = Model(), Model(), Model(), Model()
+        verb(attnproc.on(steered, kind="self"))
+        on = attnproc.on(faded, kind="self")
+        verb(on, strength=on.schedule(1.0, 0.0, 0.5))
+        verb(attnproc.on(mixture, kind="self"), strength={"attn1": 0.5})
+        torch._dynamo.reset()
+        compiled = torch.compile(faded, fullgraph=True, backend="aot_eager")
+
+        for time, expected in ((0.0, steered()), (0.6, model())):
+            on.clock.set(time)
+            torch.testing.assert_close(faded(), expected)
+            torch.testing.assert_close(compiled(), expected)
+        assert not torch.allclose(mixture(), model())
+        assert not torch.allclose(mixture(), steered())
+        verb(attnproc.on(mixture), strength={"nowhere": 1.0})
 
 
 @torch.no_grad()

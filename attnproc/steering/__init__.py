@@ -1,7 +1,7 @@
 """Parts that steer a picture through its attention; each goes with every other part."""
 
 from ..places import Box
-from .perturb import BlurredQueries, Nearby
+from .perturb import BlurredQueries, Fading, Nearby
 from .prompt_to_prompt import Alignment, PromptToPrompt, align
 from .reference import SharedKeys
 from .regions import Region, Regional
@@ -12,6 +12,7 @@ __all__ = [
     "Alignment",
     "BlurredQueries",
     "Box",
+    "Fading",
     "Nearby",
     "PromptToPrompt",
     "Region",

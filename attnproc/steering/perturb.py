@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..guidance import Blur, blurred
 from ..places import grid_of, side
-from ..types import KernelCall, Scoring
+from ..types import AroundPart, KernelCall, Scoring
+from .strength import Strength, mixed, now
 
-__all__ = ["BlurredQueries", "Nearby"]
+__all__ = ["BlurredQueries", "Fading", "Nearby"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,32 @@ class BlurredQueries(Blur):
             image = blurred(image, self.sigma, self.aspect)
         q = torch.cat((q[:, :, : at.start], image, q[:, :, at.stop :]), dim=2)
         return kernel(q, k, v, scoring)
+
+
+@dataclass(frozen=True)
+class Fading:
+    """A perturbation by strength; where there is none, perturbed rows guide by nothing.
+
+    Args:
+        perturb: The perturbation.
+        strength: From 0, none, to 1, with outputs mixed between them; also a tensor or a
+            `Schedule`.
+    """
+
+    perturb: AroundPart
+    strength: Strength
+
+    def __call__(
+        self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
+    ) -> Tensor:
+        strength = now(self.strength)
+        steady = not isinstance(strength, Tensor)
+        if steady and strength == 0:
+            return kernel(q, k, v, scoring)
+        o = self.perturb(kernel, q, k, v, scoring)
+        if steady and strength == 1:
+            return o
+        return mixed(kernel(q, k, v, scoring), o, strength)
 
 
 @dataclass(frozen=True)
