@@ -155,6 +155,12 @@ class Layers:
         """A weight that holds for a part of the steps, by the model's clock (`Schedule`)."""
         return Schedule(self.clock, weight, begin, end, shape)
 
+    def with_text(self, tokens: int) -> Layers:
+        """See `Processor.with_text`; for the layers of joint attention."""
+        return self._each(
+            lambda proc, attn: proc.with_text(tokens) if kind_of(attn) == "joint" else proc
+        )
+
     def with_word_weights(
         self, weights: Mapping[int, float], *, strength: ByLayer = 1.0, **options: Any
     ) -> Layers:

@@ -28,6 +28,7 @@ from .steering import (
     Region,
     Regional,
     SharedKeys,
+    TextBefore,
     WordWeights,
 )
 from .steering.strength import Strength
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Verbs"]
 
 # The outermost wrapper first; unknown ones stand before them all.
-_AROUND = ("reference", "regions", "prompt_to_prompt", "capture", "pag", "slicing")
+_AROUND = ("text", "reference", "regions", "prompt_to_prompt", "capture", "pag", "slicing")
 _NAMES = {decoupled: "ip", joint_decoupled: "ip", detach_first_token: "custom_diffusion"}
 
 
@@ -288,6 +289,17 @@ class Verbs:
         part = WordWeights(tuple(sorted(weights.items())), **options)
         proc = self._new("words")
         return proc.but(edits=(*proc.recipe.edits, part))
+
+    def with_text(self, tokens: int) -> Processor:
+        """With the knowledge that the sequence begins with a text, as in Flux's single blocks.
+
+        Args:
+            tokens: How many tokens it has.
+
+        Raises:
+            ValueError: It has that already.
+        """
+        return self._new("text")._around(TextBefore(tokens))
 
     def with_regions(self, *regions: Region, **options: Any) -> Processor:
         """With words that are seen by their part of the picture alone.

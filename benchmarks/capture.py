@@ -141,6 +141,8 @@ def _compared(
 ) -> dict[str, Any]:
     """Median milliseconds of a forward pass with and without capture, taken by turns."""
     attnproc.swap(model)
+    if kind == "joint":
+        attnproc.on(model).with_text(inputs["encoder_hidden_states"].shape[1])
     run: Callable[[], Tensor] = lambda: model(**inputs, return_dict=False)[0]  # noqa: E731
     capture = lambda: attnproc.capture(model, words, kind=kind, part=(0, 1))  # noqa: E731
     times: dict[str, list[float]] = {"plain": [], "captured": []}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from attnproc.steering import (
     Region,
     Regional,
     SharedKeys,
+    TextBefore,
     WordWeights,
     align,
     parse,
@@ -541,6 +543,40 @@ def test_capture_sees_what_steering_makes_of_a_call_once() -> None:
     assert maps.calls == {"attn2": 1}
     weights = maps.sums["attn2"]
     close(weights[0].double(), weights[1].double())
+
+
+def test_a_text_that_stands_in_the_sequence(kernel: Any) -> None:
+    q, k, v = drawn(S + T, S + T)
+    regional = Regional((Region(1, 3, LEFT), Region(3, 5, RIGHT)))
+    known = regional(kernel, q, k, v, joint_scoring("before"))
+
+    found = TextBefore(T)(partial(regional, kernel), q, k, v, Scoring())
+
+    close(found, known)
+    behind = TextBefore(T)(partial(regional, kernel), q, k, v, joint_scoring("behind"))
+    close(behind, regional(kernel, q, k, v, joint_scoring("behind")))
+    with pytest.raises(ValueError, match="has 22 tokens, of which the first 22 are text"):
+        TextBefore(S + T)(kernel, q, k, v, Scoring())
+
+
+@torch.no_grad()
+def test_maps_of_single_stream_blocks() -> None:
+    pytest.importorskip("diffusers")
+    from tiny_models import built
+
+    model, inputs = built("flux")
+    attnproc.swap(model)
+    text = inputs["encoder_hidden_states"].shape[1]
+    image = inputs["hidden_states"].shape[1]
+    plain = model(**inputs, return_dict=False)[0]
+    attnproc.on(model).with_text(text)
+
+    with capture(model, [0, 2], kind="joint", part=(0, 1)) as maps:
+        assert torch.equal(model(**inputs, return_dict=False)[0], plain)
+
+    assert any(path.startswith("single") for path in maps.sums)
+    assert {found.shape[1:] for found in maps.sums.values()} == {(image, 2)}
+    attnproc.on(model).without("text")
 
 
 def test_parts_pickle_compare_and_print() -> None:

@@ -5,6 +5,7 @@ from .perturb import BlurredQueries, Fading, Nearby
 from .prompt_to_prompt import Alignment, PromptToPrompt, align
 from .reference import SharedKeys
 from .regions import Region, Regional
+from .text import TextBefore
 from .wording import Weighted, parse, tokens_of
 from .words import WordWeights
 
@@ -18,6 +19,7 @@ __all__ = [
     "Region",
     "Regional",
     "SharedKeys",
+    "TextBefore",
     "Weighted",
     "WordWeights",
     "align",
