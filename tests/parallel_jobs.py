@@ -7,14 +7,18 @@ one takes seconds.
 from __future__ import annotations
 
 import datetime
+import os
 import pickle
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, FIRST, Case
@@ -22,15 +26,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import attnproc
+from attnproc.parallel.check import Disagree
 from attnproc.parallel.config import spread_over
-from attnproc.parallel.exchange import shares, spans
+from attnproc.parallel.exchange import Lost, shares, spans
 from attnproc.verify.build import Result, Setting, build, evaluate
 from attnproc.verify.build import _leaves as leaves_of
 from attnproc.verify.check import quiet
 from attnproc.verify.fakes import installed
 from attnproc.verify.specs import Axes, Mask, Turns, draw
 
-__all__ = ["JOBS", "Job", "outcomes", "started"]
+__all__ = ["FAST", "JOBS", "losing", "outcomes"]
 
 Job = Callable[[], None]
 Shape = tuple[tuple[str, int], ...]
@@ -226,17 +231,344 @@ def jobs_of(cases: Iterable[Case]) -> dict[int, dict[str, Job]]:
         two[f"tokens-{case.id}"] = partial(inside, case, TOKENS)
         if _has_rows(case):
             two[f"rows-{case.id}"] = partial(inside, case, ROWS)
-        four[f"both-{case.id}"] = partial(inside, case, BOTH)
-        if _can_split(case):
-            two[f"ring-{case.id}"] = partial(outside, case, RING, "split")
-            two[f"split-{case.id}"] = partial(outside, case, TOKENS, "split")
-            two[f"replicated-{case.id}"] = partial(outside, case, TOKENS, "replicated")
+        # On four processes one way or the other, which takes half the time.
+        if _can_split(case) and len(four) % 2:
             four[f"four-{case.id}"] = partial(outside, case, FOUR, "split")
+        else:
+            four[f"both-{case.id}"] = partial(inside, case, BOTH)
+        if not _can_split(case):
+            continue
+        context = case.inputs.get("encoder_hidden_states") is not None
+        if not context:
+            two[f"ring-{case.id}"] = partial(outside, case, RING, "split")
+        two[f"split-{case.id}"] = partial(outside, case, TOKENS, "split")
+        if context:
+            two[f"replicated-{case.id}"] = partial(outside, case, TOKENS, "replicated")
+    return {2: two, 4: four}
+
+
+def losing(how: str, timeout: float) -> dict[int, tuple[str, float]]:
+    """What the other ranks of three say when one dies or hangs, and after how many seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn = torch.multiprocessing.get_context("spawn")
+        processes = [
+            spawn.Process(target=_lose, args=(rank, folder, how, timeout)) for rank in range(3)
+        ]
+        for process in processes:
+            process.start()
+        for rank in (0, 2):
+            processes[rank].join()
+        processes[1].kill()
+        processes[1].join()
+        files = {rank: Path(folder, str(rank)) for rank in range(3)}
+        return {rank: pickle.loads(f.read_bytes()) for rank, f in files.items() if f.exists()}
+
+
+def _lose(rank: int, folder: str, how: str, timeout: float) -> None:
+    started(rank, 3, folder, timeout)
+    attn = attnproc.Attention(query_dim=16, processor=attnproc.AttnProcessor2_0())
+    attnproc.parallelize(attn, init_device_mesh("cpu", (3,)))
+    x = torch.zeros(1, 9, 16)
+    attn(x)
+    if rank == 1 and how == "dies":
+        os._exit(1)
+    if rank == 1:
+        time.sleep(600)
+    begin = time.monotonic()
+    try:
+        for _ in range(2):
+            attn(x)
+    except Lost as error:
+        result = str(error), time.monotonic() - begin
+        Path(folder, str(rank)).write_bytes(pickle.dumps(result))
+    # The other ranks' connections stay until they have their error.
+    time.sleep(1)
+    os._exit(0)
+
+
+# Further jobs
+
+
+def drop_in(ring: int, ulysses: int, uneven: bool = False, backend: str | None = None) -> None:
+    """diffusers' own call on a swapped model, with its own plan."""
+    model, inputs, want = _flux(text=7 if uneven else 8)
+    attnproc.swap(model)
+    if backend is not None:
+        attnproc.set_backend(model, backend, layers="*")
+    _enabled(model, ring_degree=ring, ulysses_degree=ulysses, ulysses_anything=uneven)
+    kinds = {type(attn.processor) for _, attn in attnproc.interop.processors(model)}
+    assert kinds == {attnproc.FluxAttnProcessor2_0}
+    close(_out(model, inputs), want, "output")
+
+
+def drop_in_masked() -> None:
+    """Text padding over both kinds of Flux' blocks: these join the streams themselves."""
+    model, inputs, _ = _flux(text=8)
+    keys = torch.arange(8 + 16)[None].expand(2, -1)
+    padding = (keys < 6) | (keys >= 8)
+    inputs["joint_attention_kwargs"] = {"attention_mask": padding[:, None, None]}
+    attnproc.swap(model)
+    want = _out(model, inputs)
+    _enabled(model, ulysses_degree=2)
+    close(_out(model, inputs), want, "output")
+
+
+def drop_in_gradients() -> None:
+    """Gradients of the weights: those of one process, summed over the ranks."""
+    model, inputs, _ = _flux(text=8)
+    attnproc.swap(model)
+    weight = draw("flux", "loss", (2, 16, 4))
+    names, weights = zip(*model.named_parameters(), strict=True)
+    loss = (model(**inputs, return_dict=False)[0] * weight).sum()
+    want = torch.autograd.grad(loss, weights, allow_unused=True)
+    _enabled(model, ulysses_degree=2)
+    loss = (model(**inputs, return_dict=False)[0] * weight).sum()
+    got = torch.autograd.grad(loss, weights, allow_unused=True)
+    for name, a, b in zip(names, got, want, strict=True):
+        # Behind the gather and in what all tokens share every rank has the whole.
+        if a is not None and b is not None and ".attn." in name:
+            dist.all_reduce(a)
+            close(a, b, name)
+
+
+def _flux(text: int) -> tuple[Any, dict[str, Any], Tensor]:
+    from tiny_models import built
+
+    model, inputs = built("flux")
+    torch.manual_seed(1)
+    inputs["encoder_hidden_states"] = torch.randn(2, text, 16)
+    inputs["txt_ids"] = torch.zeros(text, 3)
+    model = model.double()
+    inputs = {
+        name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+        for name, t in inputs.items()
+    }
+    return model, inputs, _out(model, inputs)
+
+
+def _enabled(model: Any, **degrees: Any) -> None:
+    """`enable_parallelism`, which asks for an accelerator and divides by how many there are."""
+    from unittest import mock
+
+    from diffusers import ContextParallelConfig
+
+    device = torch.device("cpu")
+    with (
+        mock.patch("torch.accelerator.device_count", return_value=1),
+        mock.patch("torch._C._get_accelerator", return_value=device),
+    ):
+        model.enable_parallelism(config=ContextParallelConfig(**degrees))
+
+
+def _out(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        out = model(**inputs, return_dict=False)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def whole_model(name: str, shape: Shape) -> None:
+    """A model of diffusers without a plan."""
+    from tiny_models import built, outputs
+
+    model, inputs = built(name)
+    attnproc.swap(model)
+    want = outputs(model, inputs)
+    attnproc.parallelize(model, mesh_of(shape))
+    error = (outputs(model, inputs) - want).abs().max()
+    assert error <= 1e-5 * want.abs().max(), f"{name} is off by {error:.1e}"
+    assert attnproc.unparallelize(model) > 0
+    assert torch.equal(outputs(model, inputs), want)
+
+
+def captured(shape: Shape, heads: Any) -> None:
+    """Maps are of the heads of all ranks, and of all rows."""
+    from tiny_models import built, outputs
+
+    model, inputs = built("unet")
+    attnproc.swap(model)
+    with attnproc.capture(model, part=(0, 1), heads=heads) as maps:
+        outputs(model, inputs)
+    attnproc.parallelize(model, mesh_of(shape))
+    with attnproc.capture(model, part=(0, 1), heads=heads) as spread:
+        outputs(model, inputs)
+    assert maps.sums.keys() == spread.sums.keys()
+    for path, want in maps.sums.items():
+        assert (spread.sums[path] - want).abs().max() < 1e-5, path
+
+
+def steered(shape: Shape, verb: str, args: Any, name: str = "unet") -> None:
+    """What steers sees the picture and the rows as one process does."""
+    from tiny_models import built, outputs
+
+    model, inputs = built(name)
+    getattr(attnproc.on(model), verb)(*args[0], **args[1])
+    want = outputs(model, inputs)
+    attnproc.parallelize(model, mesh_of(shape))
+    error = (outputs(model, inputs) - want).abs().max()
+    assert error <= 1e-5 * want.abs().max(), f"{verb} is off by {error:.1e}"
+
+
+def kinds_of_masks(shape: Shape, kv_heads: int, text: Any) -> None:
+    """Masks of positions, of heads, of rows, and several at once, over few key heads."""
+    batch, heads, tokens = 2, 6, 10
+    kinds = {
+        "causal": attnproc.Causal(),
+        "window": attnproc.Window(2, 3),
+        "blocks": attnproc.Blocks(by_head),
+        "bias": attnproc.Bias(draw("masks", "bias", (batch, heads, tokens, tokens))),
+        "all": attnproc.Keys(torch.arange(tokens)[None] > 1) & attnproc.Window(3, 3),
+        "both": attnproc.Bias(draw("masks", "b", (1, heads, 1, tokens))) & attnproc.Window(4, 4),
+    }
+    attn = attnproc.Attention(
+        query_dim=24, heads=heads, dim_head=4, kv_heads=kv_heads,
+        processor=attnproc.AttnProcessor2_0(),
+    ).double()  # fmt: skip
+    torch.manual_seed(0)
+    for weight in attn.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    x = draw("masks", "x", (batch, tokens, 24))
+    want = {name: attn(x, attention_mask=kind) for name, kind in kinds.items()}
+    attnproc.parallelize(attn, mesh_of(shape), text=text)
+    for name, kind in kinds.items():
+        close(attn(x, attention_mask=kind), want[name], name)
+
+
+def by_head(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Some keys, others for each row and head."""
+    return (i + j + h + b) % 3 != 0
+
+
+def refuses_mismatch(what: str) -> None:
+    """Ranks that call differently hear of it before anything is exchanged."""
+    rank = dist.get_rank()
+    attn = attnproc.Attention(
+        query_dim=16, heads=4 if what != "heads" or rank else 2, dim_head=4,
+        processor=attnproc.AttnProcessor2_0(),
+    )  # fmt: skip
+    attnproc.parallelize(attn, mesh_of(TOKENS))
+    x = torch.zeros(2, 9 + (what == "tokens") * rank, 16)
+    x, attn = (x.double(), attn.double()) if what == "dtype" and rank else (x, attn)
+    mask = torch.ones(2, 9) > 0 if what == "mask" and rank else None
+    with pytest.raises(Disagree, match=rf"{what} is .* on rank 1"):
+        attn(x, attention_mask=mask)
+
+
+def refuses_settings() -> None:
+    """Meshes and models that can't be spread."""
+    attn = attnproc.Attention(query_dim=16, processor=attnproc.AttnProcessor2_0())
+    wrong = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    with pytest.raises(ValueError, match="batch, ring, ulysses"):
+        attnproc.parallelize(attn, wrong)
+    with pytest.raises(ValueError, match="no attention module"):
+        attnproc.parallelize(torch.nn.Linear(2, 2), mesh_of(TOKENS))
+    attnproc.parallelize(attn, mesh_of(TOKENS))
+    with pytest.raises(ValueError, match="unparallelize"):
+        attnproc.parallelize(attn, mesh_of(TOKENS))
+
+
+def same_twice(shape: Shape) -> None:
+    """Sums have an order: outputs and gradients are the same to the bit."""
+    case = FIRST["AttnProcessor2_0"]
+    found: list[Result] = []
+    for _ in range(2):
+        setting = build(case, "ours", torch.float32)
+        attnproc.parallelize(setting.attn, mesh_of(shape))
+        found.append(evaluate(setting, setting.call(direct=False)))
+    for a, b in zip(found[0].outputs, found[1].outputs, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(g, found[1].grads[name]) for name, g in found[0].grads.items())
+
+
+def ring_keeps_few_keys() -> None:
+    """The largest tensors of a ring are a rank's own, forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.seen = max(self.seen, out.numel())
+            return out
+
+    tokens, heads, dim = 4096, 2, 16
+    attn = attnproc.Attention(
+        query_dim=heads * dim, heads=heads, dim_head=dim, processor=attnproc.AttnProcessor2_0()
+    )
+    attnproc.set_backend(attn, "chunked")
+    own = tokens // dist.get_world_size()
+    attnproc.parallelize(attn, mesh_of(RING), inside=False, text="split")
+    x = torch.randn(1, own, heads * dim, requires_grad=True)
+    with Largest() as largest:
+        attn(x).sum().backward()
+    # Keys and values travel as one tensor; tiles of scores are as large on any number of ranks.
+    assert largest.seen <= max(2 * own * heads * dim, 1 << 20)
+
+
+STEERED: dict[str, Any] = {
+    "with_regions": (
+        (attnproc.Region(1, 3, attnproc.Box(0, 0, 0.5, 1)), attnproc.Region(3, 5, None)),
+        {},
+    ),
+    "with_reference": ((), {"parts": 1}),
+    "with_word_weights": (({2: 1.5},), {}),
+    "with_slicing": ((1,), {}),
+}
+MODELS = (
+    "unet", "unet_kandinsky", "unet_motion", "sd3", "flux", "auraflow", "cogvideox", "hunyuan",
+    "lumina", "mochi", "allegro", "sana", "stable_audio", "dc_ae", "mochi_vae",
+)  # fmt: skip
+
+
+def further() -> dict[int, dict[str, Job]]:
+    """The jobs that are not of one configuration."""
+    two: dict[str, Job] = {
+        "drop_in-ulysses": partial(drop_in, 1, 2),
+        "drop_in-ring": partial(drop_in, 2, 1),
+        "drop_in-ring-chunked": partial(drop_in, 2, 1, backend="chunked"),
+        "drop_in-anything": partial(drop_in, 1, 2, uneven=True),
+        "drop_in-masked": drop_in_masked,
+        "drop_in-gradients": drop_in_gradients,
+        "settings": refuses_settings,
+        "ring-memory": ring_keeps_few_keys,
+        "twice-ulysses": partial(same_twice, TOKENS),
+        "twice-ring": partial(same_twice, RING),
+    }
+    two |= {f"model-{name}": partial(whole_model, name, TOKENS) for name in MODELS}
+    two |= {f"model-rows-{name}": partial(whole_model, name, ROWS) for name in ("unet", "sana")}
+    for heads in ("mean", "each", [1]):
+        two[f"capture-{heads}"] = partial(captured, TOKENS, heads)
+    two["capture-rows"] = partial(captured, ROWS, "mean")
+    for verb, args in STEERED.items():
+        two[f"steer-{verb}"] = partial(steered, TOKENS, verb, args)
+        two[f"steer-rows-{verb}"] = partial(steered, ROWS, verb, args)
+    for kv_heads in (6, 3, 2, 1):
+        two[f"masks-{kv_heads}"] = partial(kinds_of_masks, TOKENS, kv_heads, "split")
+    for what in ("heads", "tokens", "dtype", "mask"):
+        two[f"mismatch-{what}"] = partial(refuses_mismatch, what)
+    four: dict[str, Job] = {
+        "drop_in-both": partial(drop_in, 2, 2),
+        "masks-6": partial(kinds_of_masks, FOUR, 6, "split"),
+        "masks-2": partial(kinds_of_masks, FOUR, 2, "split"),
+        "model-all-unet": partial(whole_model, "unet", ALL),
+        "model-all-sana": partial(whole_model, "sana", ALL),
+        "capture-all": partial(captured, ALL, "mean"),
+    }
     return {2: two, 4: four}
 
 
 JOBS: dict[int, dict[str, Job]] = jobs_of(PLAIN)
+_FIRST = {case.id for case in FIRST.values()}
 FAST = {
-    ranks: [name for name in jobs if name.partition("-")[2] in {c.id for c in FIRST.values()}]
+    ranks: [*further()[ranks], *(n for n in jobs if n.partition("-")[2] in _FIRST)]
     for ranks, jobs in JOBS.items()
 }
+for _ranks, _jobs in further().items():
+    JOBS[_ranks] |= _jobs
+
+
+if __name__ == "__main__":
+    _ranks, *_names = sys.argv[1:]
+    for _name, _why in outcomes(int(_ranks), _names).items():
+        print(f"{_name}: {_why or 'equal'}")

@@ -205,7 +205,7 @@ def _text_shown(at: Site, arranged: Arranged, spread: Spread) -> tuple[Arranged,
 def _mixes_rows(recipe: Recipe) -> bool:
     """Whether a part looks at several rows of the batch, or counts them."""
     wrapped = any(not isinstance(part, Sliced) for part in recipe.around)
-    return wrapped or any(isinstance(edit, FirstFrame) for edit in recipe.edits)
+    return wrapped or any(isinstance(e, FirstFrame) or hasattr(e, "part") for e in recipe.edits)
 
 
 Way = tuple[Site, Arranged, KernelCall, Home]
