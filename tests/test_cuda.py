@@ -146,6 +146,7 @@ PARTS: dict[str, Any] = {
     "soft": Regional(SOFT),
     "isolated": Regional(HARD, isolate=True),
     "half": Regional(HARD, strength=0.5),
+    "base": Regional(SOFT, strength=0.7, base=0.1),
     "nearby": Nearby(2),
 }
 SEQUENCES: dict[str, tuple[int, int, tuple[int, int] | None]] = {
@@ -157,7 +158,7 @@ SEQUENCES: dict[str, tuple[int, int, tuple[int, int] | None]] = {
 
 
 STEERED = [
-    *((name, "cross") for name in ("hard", "soft", "half")),
+    *((name, "cross") for name in ("hard", "soft", "half", "base")),
     ("nearby", "self"),
     *((name, where) for name in PARTS for where in ("behind", "before")),
 ]
