@@ -177,7 +177,8 @@ class Maps:
             if linear
             else weights(q, k, scoring, of_q, of_k, lse)
         )
-        found = torch.cat([_joined(self._of_heads(part), cols) for part in parts], dim=-2)
+        chunks = [_joined(self._of_heads(part), cols) for part in parts]
+        found = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-2)
         if queries is None:
             return found
         groups = found.split([len(group) for group in queries], dim=-2)
@@ -212,7 +213,8 @@ class Maps:
     def _of_heads(self, part: Tensor) -> Tensor:
         """Weights ``[B, H, rows, cols]`` over the heads that were asked for."""
         if self.heads == "each":
-            return part
+            # Some columns would keep the memory of all.
+            return part.contiguous()
         return part.mean(dim=1) if self.heads == "mean" else part[:, list(self.heads)].mean(dim=1)
 
     def _planes(self, found: Tensor, head: int | None) -> Tensor:

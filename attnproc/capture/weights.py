@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.native import only_causal
 from ..kernels.reference import expand_heads, factor, masked_scores, masked_softmax
 from ..kernels.visible import merged, structure, values
 from ..masks import factors
@@ -16,8 +17,14 @@ from ..types import Scoring
 
 __all__ = ["key_weights", "linear_weights", "weights"]
 
-# Scores held at a time, over batch, heads, queries of a chunk and keys.
+# Scores held at a time, over batch, heads, queries of a chunk and keys. On other devices than a
+# CPU the memory is there, and each chunk is several launches.
 _CHUNK = 1 << 22
+_FURTHER = 1 << 24
+
+
+def _chunk(q: Tensor) -> int:
+    return _CHUNK if q.device.type == "cpu" else _FURTHER
 
 
 def weights(
@@ -47,18 +54,21 @@ def weights(
     rows = range(total) if rows is None else rows
     cols = range(k.shape[2]) if cols is None else cols
     held = range(k.shape[2]) if lse is None else cols
-    k = take(expand_heads(k, q), held, 2).to(wide).transpose(-1, -2)
+    k = (take(expand_heads(k, q), held, 2).to(wide) * factor(q, scoring)).transpose(-1, -2)
+    masked = not only_causal(scoring)
 
-    step = max(1, _CHUNK // (batch * heads * len(held)))
+    step = max(1, _chunk(q) // (batch * heads * len(held)))
     for first in range(0, len(rows), step):
         some = rows[first : first + step]
-        scores = (take(q, some, 2).to(wide) @ k) * factor(q, scoring)
+        scores = take(q, some, 2).to(wide) @ k
         mask = _mask(scoring, some, held, q, k)
         if lse is None:
             found = take(masked_softmax(scores, mask), cols, 3)
         else:
             norm = take(lse, some, 2)[..., None]
-            found = (masked_scores(scores, mask) - norm).exp().masked_fill(norm == -torch.inf, 0)
+            found = (masked_scores(scores, mask) - norm).exp()
+            # Without a mask no query is without keys.
+            found = found.masked_fill(norm == -torch.inf, 0) if masked else found
         if scoring.keep is not None:
             found = found * take(scoring.keep, some, 1)[:, None, :, None]
         yield found
@@ -80,7 +90,7 @@ def linear_weights(
     k = k if mask is None else k * mask.transpose(-1, -2)
     total, some = k.sum(dim=2, keepdim=True), take(k, cols, 2)
 
-    step = max(1, _CHUNK // (q.shape[0] * q.shape[1] * len(cols)))
+    step = max(1, _chunk(q) // (q.shape[0] * q.shape[1] * len(cols)))
     for first in range(0, len(rows), step):
         part = F.relu(take(q, rows[first : first + step], 2)).to(wide)
         norm = (part * total).sum(dim=-1, keepdim=True) + scoring.eps
