@@ -6,118 +6,91 @@ plain tensors on a GPU. Everything else goes the composed way.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels.takes import constant
-from .norms import NAMES, Formula, formula
+from .kernels.fusing import fusable
+from .norms import Formula, Norms, formula
 from .rotary import Rotary, Table, table_of
-from .types import QKV, Site, Streams
+from .types import QKV, Streams
 
-__all__ = ["arranged", "use_fused"]
+__all__ = ["fused"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-# Triton's interpreter runs the kernels on a CPU, for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_wanted = os.environ.get("ATTNPROC_FUSED", "1") != "0"
+_NEITHER = (None, None)
 
 
-def use_fused(wanted: bool) -> None:
-    """Turns fused kernels on (as they are at first) or off, for the whole process.
-
-    They compute what the composed parts compute, with fewer roundings. Off is for comparing, and
-    for what they do not have: gradients of gradients. The environment variable
-    ``ATTNPROC_FUSED=0`` does the same at the start.
-    """
-    global _wanted
-    _wanted = wanted
-
-
-def arranged(at: Site, streams: Streams, rotary: Rotary | None) -> QKV | None:
+def fused(
+    streams: Streams,
+    norms: Norms,
+    text_first: bool,
+    rotary: Rotary | None,
+    tables: tuple[Any, Any],
+) -> QKV | None:
     """Streams ``[B, S, H, D]`` normed, rotated and joined; None where no kernel can.
 
     Uses the streams up, unless it gives None.
     """
     image, text = streams
-    if not (image.q.is_cuda or _INTERPRETED):
+    if not fusable(image.q):
         return None
-    names = NAMES.get(at.recipe.norm)
-    if not _wanted or names is None or not _takes(image, text):
+    idle = norms.image == norms.text == tables == _NEITHER
+    if (idle and (text is None or _joins_itself())) or not _takes(image, text):
         return None
-    norms = (_norms(at, names[0], image), None if text is None else _norms(at, names[1], text))
-    tables = _tables(at, streams, rotary)
-    if norms[0] is False or norms[1] is False or tables is None:
+    formulas = [_formulas(pair, stream) for pair, stream in zip(norms, streams, strict=True)]
+    turned = None if rotary is None else _tables(streams, rotary, tables)
+    if any(known is None for known in formulas) or (rotary is not None and turned is None):
         return None
-    of_image, of_text = norms[0], norms[1] or (None, None)
-    if all(part is None for part in (*of_image, *of_text, *tables)):
-        return None
-    hows = [
-        _how(
-            at.recipe.text_first,
-            rotary,
-            (getattr(image, n), None if text is None else getattr(text, n)),
-            (norm, other),
-            table,
-        )
-        for n, norm, other, table in zip("qk", of_image, of_text, tables, strict=True)
-    ]
-    if any(how is None for how in hows):
-        return None
-    both = QKV(None, None, None)
-    for name, how in zip("qk", hows, strict=True):
-        setattr(both, name, _laid(at, name, streams, how))
-    both.v = _joined(at, streams)
+    over = "image" if rotary is None else rotary.over
+    both, hows = QKV(None, None, None), {"v": ((None, None), None)}
+    for i, name in enumerate("qk"):
+        pair = tuple(known[i] for known in formulas if known is not None)
+        if len({n.across for n in pair if n is not None}) > 1:
+            return None
+        hows[name] = pair, None if turned is None else turned[i]
+    for name in "qkv":
+        parts = _taken(streams, name)
+        setattr(both, name, _laid(parts, *hows[name], text_first, over == "joint"))
     return both
 
 
+def _joins_itself() -> bool:
+    """Whether torch's own join is as good: it gives gradients as views, or is compiled."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def _takes(image: QKV, text: QKV | None) -> bool:
-    """Whether the tensors are of a kind that the kernels take."""
-    found = [image.q, image.k, image.v]
-    found += [] if text is None else [text.q, text.k, text.v]
+    """Whether the tensors are of one kind."""
     first = image.q
-    if first.dtype not in _DTYPES or not _has_triton():
-        return False
+    found = [image.k, image.v] + ([] if text is None else [text.q, text.k, text.v])
     return all(t is None or (t.dtype == first.dtype and t.is_cuda == first.is_cuda) for t in found)
 
 
-@constant
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _norms(at: Site, names: tuple[str, str] | None, stream: QKV) -> Any:
-    """Formulas of the norms of queries and keys; False where one has none."""
+def _formulas(norms: tuple[Any, Any], stream: QKV | None) -> tuple[Formula | None, ...] | None:
+    """Formulas of the norms of queries and keys; None where one has none."""
+    if stream is None:
+        return _NEITHER
     found: list[Formula | None] = []
-    for name, x in zip(names or (), (stream.q, stream.k), strict=False):
-        norm = getattr(at.attn, name, None)
-        if norm is None or x is None:
-            found.append(None)
-            continue
-        known = formula(norm, x.shape[2], x.shape[3], x.dtype)
-        if known is None:
-            return False
+    for norm, x in zip(norms, (stream.q, stream.k), strict=True):
+        known = None
+        if norm is not None and x is not None:
+            known = formula(norm, x.shape[2], x.shape[3], x.dtype)
+            if known is None:
+                return None
         found.append(known)
-    return tuple(found) or (None, None)
+    return tuple(found)
 
 
 def _tables(
-    at: Site, streams: Streams, rotary: Rotary | None
+    streams: Streams, rotary: Rotary, tables: tuple[Any, Any]
 ) -> tuple[Table | None, Table | None] | None:
     """Rotary tables of queries and keys; None where one does not fit the kernels."""
-    if rotary is None:
-        return None, None
-    of_queries, of_keys = rotary.tables(at)
+    of_queries, of_keys = tables
     found = None if of_queries is None else table_of(rotary.form, of_queries)
-    same = of_keys is of_queries
-    other = found if same or of_keys is None else table_of(rotary.form, of_keys)
-    other = None if of_keys is None else other
+    other = found
+    if of_keys is not of_queries:
+        other = None if of_keys is None else table_of(rotary.form, of_keys)
     for name, rope, table in (("q", of_queries, found), ("k", of_keys, other)):
         if rope is not None and (table is None or not _fits(table, streams, name, rotary.over)):
             return None
@@ -126,12 +99,11 @@ def _tables(
 
 def _fits(table: Table, streams: Streams, name: str, over: str) -> bool:
     """Whether a table has an entry for each token, of tensors that need no gradient."""
-    x, text = getattr(streams.image, name), None
-    if streams.text is not None:
-        text = getattr(streams.text, name)
+    x = getattr(streams.image, name)
     if x is None:
         return False
-    tokens = x.shape[1] + (0 if text is None or over == "image" else text.shape[1])
+    more = None if streams.text is None or over == "image" else getattr(streams.text, name)
+    tokens = x.shape[1] + (0 if more is None else more.shape[1])
     batch, positions, heads, entries = table.cos.shape
     return (
         table.cos.shape == table.sin.shape
@@ -145,33 +117,42 @@ def _fits(table: Table, streams: Streams, name: str, over: str) -> bool:
     )
 
 
-def _how(
-    text_first: bool,
-    rotary: Rotary | None,
-    streams: tuple[Tensor | None, Tensor | None],
-    norms: tuple[Formula | None, Formula | None],
-    table: Table | None,
-) -> Any:
-    """What the kernel does to queries or keys: settings, weights, table; None if it can't."""
-    from .kernels.triton.lay import KINDS, Lay
+def _taken(streams: Streams, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """A tensor of the image and of the text, taken out of the streams."""
+    found = []
+    for stream in streams:
+        found.append(None if stream is None else getattr(stream, name))
+        if stream is not None:
+            setattr(stream, name, None)
+    return found[0], found[1]
 
-    known = [norm for norm in norms if norm is not None]
-    if len({norm.across for norm in known}) > 1:
-        return None
-    joint = rotary is not None and rotary.over == "joint"
+
+def _laid(
+    parts: tuple[Tensor | None, Tensor | None],
+    norms: tuple[Formula | None, ...],
+    table: Table | None,
+    text_first: bool,
+    joint: bool,
+) -> Tensor | None:
+    """Queries, keys or values of both streams, by the kernel where anything is to do."""
+    from .kernels.triton.lay import KINDS, Lay, lay
+
     turns = (table is not None, table is not None and joint)
-    parts = [
-        part
-        for part, x in zip(zip(norms, turns, strict=True), streams, strict=True)
-        if x is not None
-    ]
+    found = [part for part in zip(parts, norms, turns, strict=True) if part[0] is not None]
     if text_first:
-        parts.reverse()
-    (n0, t0), (n1, t1) = (*parts, (None, False), (None, False))[:2]
+        found.reverse()
+    if not found:
+        return None
+    (x, n0, t0), (then, n1, t1) = (*found, (None, None, False))[:2]
+    if n0 is None and table is None and n1 is None:
+        if then is None:
+            return x
+        if _joins_itself():
+            return torch.cat((x, then), dim=1)
     how = Lay(
         norms=(KINDS.index(n0.kind) if n0 else 0, KINDS.index(n1.kind) if n1 else 0),
         eps=(n0.eps if n0 else 0.0, n1.eps if n1 else 0.0),
-        across=any(norm.across for norm in known),
+        across=any(n.across for n in (n0, n1) if n is not None),
         turns=(t0, t1),
         joint=joint,
         width=table.width if table else 2,
@@ -179,31 +160,4 @@ def _how(
         step=table.step if table else 1,
     )
     weights = (n0 and n0.weight, n0 and n0.bias, n1 and n1.weight, n1 and n1.bias)
-    return how, weights, None if table is None else (table.cos, table.sin)
-
-
-def _laid(at: Site, name: str, streams: Streams, how: Any) -> Tensor:
-    from .kernels.triton.lay import lay
-
-    first, last = _ordered(at, name, streams)
-    settings, weights, table = how
-    if last is None and settings.norms[0] == 0 and not settings.turns[0]:
-        return first
-    return lay(first, last, settings, weights, table)
-
-
-def _joined(at: Site, streams: Streams) -> Tensor:
-    first, last = _ordered(at, "v", streams)
-    return first if last is None else torch.cat((first, last), dim=1)
-
-
-def _ordered(at: Site, name: str, streams: Streams) -> tuple[Tensor, Tensor | None]:
-    """The tensors of both streams in the order of the joint sequence, taken out of them."""
-    image, text = streams
-    a, b = getattr(image, name), None if text is None else getattr(text, name)
-    setattr(image, name, None)
-    if text is not None:
-        setattr(text, name, None)
-    if a is None or b is None:
-        return (b if a is None else a), None
-    return (b, a) if at.recipe.text_first else (a, b)
+    return lay(x, then, how, weights, None if table is None else (table.cos, table.sin))

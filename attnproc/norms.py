@@ -1,4 +1,4 @@
-"""Norms of queries and keys, as the module holds them.
+"""Norms of queries and keys: which of the module's layers norm what, and their formulas.
 
 Whether a norm spans one head or all of them is read off the norm itself.
 """
@@ -10,35 +10,57 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .types import QKV, Site, Streams
+from .types import Site, Streams
 
-__all__ = ["NAMES", "Formula", "apply", "each_its_own", "formula", "one_for_both", "unnormed"]
+__all__ = [
+    "Formula",
+    "Norms",
+    "apply",
+    "each_its_own",
+    "formula",
+    "norm_streams",
+    "one_for_both",
+    "unnormed",
+]
 
 
-def each_its_own(at: Site, streams: Streams) -> None:
+class Norms(NamedTuple):
+    """The layers that norm queries and keys of the image and of the text; None where none does."""
+
+    image: tuple[Any, Any] = (None, None)
+    text: tuple[Any, Any] = (None, None)
+
+
+_NOTHING = Norms()
+
+
+def each_its_own(at: Site, text: bool) -> Norms:
     """`norm_q`, `norm_k` for the image; `norm_added_q`, `norm_added_k` for the text."""
-    _norm(at.attn, "norm_q", "norm_k", streams.image)
-    if streams.text is not None:
-        _norm(at.attn, "norm_added_q", "norm_added_k", streams.text)
+    attn = at.attn
+    image = getattr(attn, "norm_q", None), getattr(attn, "norm_k", None)
+    if not text:
+        return _NOTHING if image == (None, None) else Norms(image)
+    return Norms(image, (getattr(attn, "norm_added_q", None), getattr(attn, "norm_added_k", None)))
 
 
-def one_for_both(at: Site, streams: Streams) -> None:
+def one_for_both(at: Site, text: bool) -> Norms:
     """`norm_q`, `norm_k` for image and text."""
-    _norm(at.attn, "norm_q", "norm_k", streams.image)
-    if streams.text is not None:
-        _norm(at.attn, "norm_q", "norm_k", streams.text)
+    image = getattr(at.attn, "norm_q", None), getattr(at.attn, "norm_k", None)
+    return Norms(image, image if text else (None, None))
 
 
-def unnormed(at: Site, streams: Streams) -> None:
+def unnormed(at: Site, text: bool) -> Norms:
     """No norm."""
+    return _NOTHING
 
 
-def _norm(attn: Any, norm_q: str, norm_k: str, stream: QKV) -> None:
-    of_q, of_k = getattr(attn, norm_q, None), getattr(attn, norm_k, None)
-    if of_q is not None:
-        stream.q = apply(of_q, stream.q)
-    if of_k is not None:
-        stream.k = apply(of_k, stream.k)
+def norm_streams(norms: Norms, streams: Streams) -> None:
+    """Norms streams ``[B, S, H, D]``, each tensor over ``D`` or over ``H*D``."""
+    for (of_q, of_k), stream in zip(norms, streams, strict=True):
+        if of_q is not None:
+            stream.q = apply(of_q, stream.q)
+        if of_k is not None:
+            stream.k = apply(of_k, stream.k)
 
 
 def apply(norm: nn.Module, x: Tensor | None) -> Tensor | None:
@@ -108,12 +130,3 @@ def formula(norm: Any, heads: int, dim: int, dtype: torch.dtype) -> Formula | No
         return None
     eps = torch.finfo(dtype).eps if norm.eps is None else norm.eps
     return Formula(kind, weight, bias, eps, across)
-
-
-_SELF, _ADDED = ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")
-NAMES: dict[Any, tuple[tuple[str, str] | None, tuple[str, str] | None]] = {
-    each_its_own: (_SELF, _ADDED),
-    one_for_both: (_SELF, _SELF),
-    unnormed: (None, None),
-}
-"""Which layers of the module the parts above call, for the image and for the text."""

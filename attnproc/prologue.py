@@ -6,48 +6,67 @@ kernel. This is the only place where a fused kernel may stand in for the compose
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from .fused import arranged
+from .fused import fused
+from .norms import Norms, norm_streams
+from .rotary import Rotary
 from .shapes import join, split_stream
 from .types import QKV, Arranged, Site, Streams
 
-__all__ = ["arrange", "normed"]
+__all__ = ["arrange", "laid"]
 
 
 def arrange(at: Site, streams: Streams) -> Arranged:
     """Makes the kernel's inputs ``[B, H, S, D]`` of the streams ``[B, S, H*D]``, using them up."""
-    recipe, rotary = at.recipe, at.recipe.rotary
-    image, text = streams
+    recipe, (image, text) = at.recipe, streams
     q = image.q
     dim = q.shape[3] if q.ndim == 4 else q.shape[2] // at.attn.heads
+    length, text_keys = q.shape[1], 0
+    del q
     split_stream(image, dim)
     if text is not None:
         split_stream(text, dim)
-    length, text_keys = q.shape[1], 0 if text is None else text.k.shape[1]
+        text_keys = text.k.shape[1]
 
-    del q
     raw = QKV(image.q, image.k, image.v) if recipe.prompts else None
-    both = arranged(at, streams, rotary)
+    norms = recipe.norm(at, text is not None)
+    rotary = recipe.rotary
+    if rotary is None:
+        both = laid(streams, norms, recipe.text_first)
+    else:
+        both = laid(streams, norms, recipe.text_first, rotary, rotary.tables(at))
+    return Arranged(
+        both.q.transpose(1, 2), both.k.transpose(1, 2), both.v.transpose(1, 2),
+        length, text_keys, raw,
+    )  # fmt: skip
+
+
+def laid(
+    streams: Streams,
+    norms: Norms,
+    text_first: bool = False,
+    rotary: Rotary | None = None,
+    tables: tuple[Any, Any] = (None, None),
+) -> QKV:
+    """Streams ``[B, S, H, D]`` normed, rotated and joined to one, using them up.
+
+    Args:
+        streams: Image and, in joint attention, text.
+        norms: Layers that norm them.
+        text_first: Whether the text stands before the image.
+        rotary: How queries and keys are rotated.
+        tables: The tables for queries and for keys; None for what is not rotated.
+    """
+    both = fused(streams, norms, text_first, rotary, tables)
     if both is None:
-        recipe.norm(at, streams)
+        norm_streams(norms, streams)
         if rotary is not None and rotary.over == "image":
-            rotary(at, image)
-        both = join(streams, recipe.text_first)
+            rotary(streams.image, tables)
+        both = join(streams, text_first)
         if rotary is not None and rotary.over == "joint":
-            rotary(at, both)
+            rotary(both, tables)
     q, k, v = both.q, both.k, both.v
-    if q.dtype != v.dtype or k.dtype != v.dtype:
-        q, k = q.to(v.dtype), k.to(v.dtype)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return Arranged(q, k, v, length, text_keys, raw)
-
-
-def normed(at: Site, q: Tensor) -> Tensor:
-    """The image's queries ``[B, S, H, D]`` normed, without rotary embedding, for image prompts."""
-    alone = Streams(QKV(q, None, None))
-    both = arranged(at, alone, None)
-    if both is not None:
-        return both.q
-    at.recipe.norm(at, alone)
-    return alone.image.q
+    if v is not None and (q.dtype != v.dtype or k.dtype != v.dtype):
+        both.q, both.k = q.to(v.dtype), k.to(v.dtype)
+    return both

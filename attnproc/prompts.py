@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .modules import RMSNorm
-from .prologue import normed
+from .norms import Norms
+from .prologue import laid
 from .schedules import amount, is_off
-from .shapes import merge_heads
-from .types import QKV, Arranged, KernelCall, Scoring, Site
+from .shapes import merge_heads, split_stream
+from .types import QKV, Arranged, KernelCall, Scoring, Site, Streams
 
 __all__ = ["decoupled", "joint_decoupled", "mount_joint_prompt", "mount_prompts", "region"]
 
@@ -70,7 +71,10 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     scales, masks = _checked(states, proc.scale, at.call.ip_masks)
 
     raw = cast("QKV", arranged.raw)
-    q = normed(at, raw.q).transpose(1, 2)  # [B, H, S, D]
+    norm_q = at.recipe.norm(at, False).image[0]
+    q = laid(Streams(QKV(raw.q, None, None)), Norms((norm_q, None))).q.transpose(
+        1, 2
+    )  # [B, H, S, D]
     branches: dict[int, list[Branch]] = {}
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):
@@ -79,10 +83,13 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
                 branches.setdefault(branch.k.shape[2], []).append(branch)
 
     scoring = Scoring(scale=at.recipe.scale(at))
-    total = q.new_zeros(())
+    total = None
     for alike in branches.values():
-        total = total + _attended(alike, q, kernel, scoring)
-    return total.expand(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
+        more = _attended(alike, q, kernel, scoring)
+        total = more if total is None else total + more
+    if total is None:
+        return q.new_zeros(()).expand(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
+    return total
 
 
 class Branch(NamedTuple):
@@ -103,7 +110,9 @@ def _branches(
     """One branch for a prompt; with a mask one for each of its images."""
     if mask is None:
         k, v = (_keys(layer, state.flatten(1, -2), q) for layer in layers)
-        return [Branch(k, v, amount(scale))]
+        weight = amount(scale)
+        # A number weights the prompt's few values instead of all outputs.
+        return [Branch(k, v, weight) if isinstance(weight, Tensor) else Branch(k, v * weight, 1.0)]
     k, v = (_keys(layer, state, q).unbind(1) for layer in layers)
     scales = scale if isinstance(scale, list | tuple) else [scale] * len(k)
     weights = (amount(s) * r for s, r in zip(scales, _regions(mask, q), strict=True))
@@ -114,12 +123,16 @@ def _attended(branches: list[Branch], q: Tensor, kernel: KernelCall, scoring: Sc
     """The weighted sum of branches with equally many tokens, by one kernel call."""
     if len(branches) == 1:
         k, v, weight = branches[0]
-        return weight * merge_heads(kernel(q, k, v, scoring))
+        return _weighted(weight, merge_heads(kernel(q, k, v, scoring)))
     many = q.expand(len(branches), *q.shape).flatten(0, 1)
     k, v, weights = zip(*branches, strict=True)
     o = merge_heads(kernel(many, torch.cat(k), torch.cat(v), scoring)).chunk(len(branches))
-    parts = [weight * part for weight, part in zip(weights, o, strict=True)]
+    parts = [_weighted(weight, part) for weight, part in zip(weights, o, strict=True)]
     return torch.stack(parts).sum(dim=0)
+
+
+def _weighted(weight: float | Tensor, o: Tensor) -> Tensor:
+    return o if isinstance(weight, float) and weight == 1.0 else weight * o
 
 
 def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
@@ -240,12 +253,11 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
 
     normed = proc.norm_ip(states, temb=at.call.temb)
     raw = cast("QKV", arranged.raw)
-    q = proc.norm_q(raw.q.transpose(1, 2))  # [B, H, S, D]
-    k = proc.norm_k(raw.k.transpose(1, 2))
-    more_k, more_v = (_keys(layer, normed, q) for layer in (proc.to_k_ip, proc.to_v_ip))
-
-    k = torch.cat((k, proc.norm_ip_k(more_k)), dim=2)
-    v = torch.cat((raw.v.transpose(1, 2), more_v), dim=2)
+    prompt = QKV(None, proc.to_k_ip(normed).to(raw.k.dtype), proc.to_v_ip(normed).to(raw.v.dtype))
+    split_stream(prompt, raw.k.shape[3])
+    norms = Norms((proc.norm_q, proc.norm_k), (None, proc.norm_ip_k))
+    both = laid(Streams(QKV(raw.q, raw.k, raw.v), prompt), norms)
+    q, k, v = both.q.transpose(1, 2), both.k.transpose(1, 2), both.v.transpose(1, 2)
     # The prompt's keys stand behind the image's as a text's would.
     scoring = Scoring(scale=at.recipe.scale(at), image_keys=(0, raw.k.shape[1]))
     o = amount(proc.scale) * merge_heads(kernel(q, k, v, scoring))

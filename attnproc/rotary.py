@@ -35,9 +35,9 @@ class Rotary:
     keys: Literal["always", "self", "own"] = "self"
     queries: Literal["always", "self"] = "always"
 
-    def __call__(self, at: Site, stream: QKV) -> None:
-        """Rotates queries and keys of the stream ``[B, S, H, D]``."""
-        of_queries, of_keys = self.tables(at)
+    def __call__(self, stream: QKV, tables: tuple[Any, Any]) -> None:
+        """Rotates queries and keys of the stream ``[B, S, H, D]`` by their tables."""
+        of_queries, of_keys = tables
         if of_queries is not None:
             stream.q = self.form(stream.q, of_queries)
         if of_keys is not None:

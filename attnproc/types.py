@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .kernels import Kernel
+    from .norms import Norms
     from .processor import Processor
     from .rotary import Rotary
 
@@ -230,7 +231,7 @@ class FrameStep(Protocol):
 
 LinearPart = Callable[[Site, str, Tensor, "Tensor | None"], "Tensor | None"]
 ProjectPart = Callable[[Site, Tensor, "Tensor | None"], Streams]
-NormPart = Callable[[Site, Streams], None]
+NormPart = Callable[[Site, bool], "Norms"]
 EditPart = Callable[[Site, Arranged, Tensor, Tensor], tuple[Tensor, Tensor]]
 MaskPart = Callable[[Site, Arranged, Scoring], Scoring]
 ScalePart = Callable[[Site], "float | Tensor | None"]
@@ -258,7 +259,7 @@ class Recipe:
     project: ProjectPart
     """Which projections make the streams."""
     norm: NormPart
-    """Norms of queries and keys."""
+    """Which layers norm queries and keys, given whether there is a text."""
     rotary: Rotary | None
     """Position embedding of queries and keys."""
     text_first: bool

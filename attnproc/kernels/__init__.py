@@ -10,6 +10,7 @@ from .external import NPU, STRICT, XFORMERS, XLA
 from .flash import FLASH2, FLASH3, FLASH4
 from .flex import FLEX
 from .functional import attention
+from .fusing import use_fused
 from .guard import Guard, Inaccurate
 from .hub import HUB, use_hub
 from .linear import RELU_ADAPTIVE, RELU_LINEAR
@@ -63,6 +64,7 @@ __all__ = [
     "register_kernel",
     "registered",
     "set_backend",
+    "use_fused",
     "use_hub",
     "use_table",
     "why_not",

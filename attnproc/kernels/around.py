@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..rows import scoring_of
 from ..types import AroundPart, Bias, KernelCall, Keys, Mask, Scoring
+from .base import Kernel
 from .reference import expand_heads, factor, masked_softmax
 from .visible import OfRows, dense_mask
 
@@ -19,6 +20,9 @@ __all__ = ["Perturbed", "Sliced", "identity"]
 @dataclass(frozen=True)
 class Sliced:
     """Computes a few heads of one row of the batch at a time, on views.
+
+    It bounds the memory of kernels that hold the matrix of scores; one that never does gets the
+    call whole, which is faster and takes no more.
 
     Args:
         size: How many heads.
@@ -30,6 +34,8 @@ class Sliced:
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
+        if _bounded(kernel, q):
+            return kernel(q, k, v, scoring)
         batch, heads = q.shape[:2]
         k, v = expand_heads(k, q), expand_heads(v, q)
         parts: list[Tensor] = []
@@ -40,6 +46,12 @@ class Sliced:
                 some = scoring._replace(mask=_part(scoring.mask, *part), mods=mods)
                 parts.append(kernel(q[part], k[part], v[part], some))
         return torch.cat(parts, dim=1).unflatten(1, (batch, heads))[0]
+
+
+def _bounded(kernel: KernelCall, q: Tensor) -> bool:
+    if not isinstance(kernel, Kernel) or q.device.type not in kernel.bounded:
+        return False
+    return q.dtype != torch.float64
 
 
 def _part(mask: Mask | None, rows: slice, heads: slice) -> Mask | None:

@@ -39,6 +39,7 @@ class Kernel:
         linear: Whether it is linear attention, which no softmax kernel can stand in for.
         takes: What it takes.
         with_lse: As `run`, giving (output, log-sum-exp ``[B, H, Q]``); None if it can't.
+        bounded: Types of devices on which its memory grows with the tokens, not their square.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kernel:
     linear: bool = False
     takes: Takes = ANYTHING
     with_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
+    bounded: tuple[str, ...] = ()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         return self.run(q, k, v, scoring, *self.options)

@@ -15,7 +15,11 @@ from .reference import expand_heads
 from .takes import HALF, KINDS, Ask, Takes
 from .visible import dense_mask
 
-__all__ = ["CUDNN", "EFFICIENT", "FLASH", "MATH", "SDPA", "only_causal", "sdpa"]
+__all__ = ["BOUNDED", "CUDNN", "EFFICIENT", "FLASH", "MATH", "SDPA", "only_causal", "sdpa"]
+
+
+BOUNDED = ("cpu", "cuda")
+"""Where torch never takes the whole matrix of scores for single and half precision."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
@@ -82,7 +86,7 @@ def _many_keys(asked: Ask) -> str | None:
     return "1 key: it needs more" if asked.keys == 1 else None
 
 
-SDPA = Kernel("sdpa", sdpa, takes=Takes(dropout=True))
+SDPA = Kernel("sdpa", sdpa, takes=Takes(dropout=True), bounded=BOUNDED)
 _FUSED = Takes(devices=("cuda",), any_v=False, dropout=True, deterministic=False)
 _CUDNN = replace(_FUSED, dtypes=HALF, dims=(8, 128, 8), masks=KINDS - {"learned"}, also=_many_keys)
 _EFFICIENT = replace(_FUSED, dtypes=(*HALF, torch.float32), any_v=True, also=_aligned)

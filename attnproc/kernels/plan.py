@@ -10,7 +10,7 @@ from ..types import Scoring
 from .base import Kernel, registered
 from .chunked import CHUNKED
 from .flex import FLEX
-from .native import SDPA, only_causal, sdpa
+from .native import BOUNDED, SDPA, only_causal, sdpa
 from .takes import Ask, Takes, ask, constant, why_not
 from .tuned import is_tuned, tuned
 from .varlen import VARLEN
@@ -49,7 +49,13 @@ def automatic_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Te
     return lse_of(pick(ask(q, k, v, scoring, lse=True)), q, k, v, scoring)
 
 
-AUTO = Kernel("auto", automatic, takes=Takes(dropout=True, lse=True), with_lse=automatic_lse)
+AUTO = Kernel(
+    "auto",
+    automatic,
+    takes=Takes(dropout=True, lse=True),
+    with_lse=automatic_lse,
+    bounded=BOUNDED,
+)
 
 
 def pick(asked: Ask) -> Kernel:

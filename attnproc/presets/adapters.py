@@ -8,7 +8,7 @@ from typing import Any
 from ..calls import LoRACall, PlainCall, PromptCall
 from ..edits import detach_first_token
 from ..frame import BARE
-from ..kernels import REFERENCE, XFORMERS
+from ..kernels import XFORMERS
 from ..linears import (
     CustomDiffusion,
     LoRA,
@@ -70,9 +70,9 @@ class IPAdapterAttnProcessor2_0(PromptCall):
 
 
 class IPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
-    """As `IPAdapterAttnProcessor2_0`, in plain tensor operations."""
+    """As `IPAdapterAttnProcessor2_0`, under its older name."""
 
-    recipe = PROMPTED.but(kernel=REFERENCE)
+    recipe = PROMPTED
 
 
 class IPAdapterXFormersAttnProcessor(ByXFormers, IPAdapterAttnProcessor2_0):
@@ -140,9 +140,9 @@ class CustomDiffusionXFormersAttnProcessor(ByXFormers, CustomDiffusionAttnProces
 
 
 class CustomDiffusionAttnProcessor(CustomDiffusionAttnProcessor2_0):
-    """As `CustomDiffusionAttnProcessor2_0`, in plain tensor operations."""
+    """As `CustomDiffusionAttnProcessor2_0`, under its older name."""
 
-    recipe = CUSTOM.but(kernel=REFERENCE)
+    recipe = CUSTOM
 
 
 class LoRAAttnProcessor2_0(LoRACall):
@@ -177,15 +177,15 @@ class LoRAAttnProcessor2_0(LoRACall):
 
 
 class LoRAAttnProcessor(LoRAAttnProcessor2_0):
-    """As `LoRAAttnProcessor2_0`, in plain tensor operations."""
+    """As `LoRAAttnProcessor2_0`, under its older name."""
 
-    recipe = PLAIN.but(kernel=REFERENCE)
+    recipe = PLAIN
 
 
 class LoRAAttnAddedKVProcessor(LoRAAttnProcessor2_0):
     """As `LoRAAttnProcessor`, with the added projections adapted too."""
 
-    recipe = ADDED_KV.but(kernel=REFERENCE)
+    recipe = ADDED_KV
 
     @staticmethod
     def _widths(wide: int, own: int) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 from ..calls import AddedCall, PlainCall, TembCall, UNetCall
 from ..edits import FirstFrame
 from ..frame import ADDED, BARE, UNET
-from ..kernels import AUTO, NPU, REFERENCE, XFORMERS, XLA
+from ..kernels import AUTO, NPU, XFORMERS, XLA
 from ..kernels.around import Perturbed, Sliced
 from ..layouts import added_kv, packed, separate
 from ..linears import module_linear
@@ -100,9 +100,9 @@ class WithSlices(Processor):
 
 
 class AttnProcessor(UNetCall):
-    """Attention through the score matrix, in plain tensor operations."""
+    """As `AttnProcessor2_0`, under its older name: no score matrix is made here either."""
 
-    recipe = PLAIN.but(kernel=REFERENCE)
+    recipe = PLAIN
 
 
 class AttnProcessor2_0(UNetCall):
@@ -138,7 +138,7 @@ class XLAFlashAttnProcessor2_0(WithPartition, UNetCall):
 class SlicedAttnProcessor(WithSlices, PlainCall):
     """Attention a few heads at a time, to save memory."""
 
-    recipe = PLAIN.but(kernel=REFERENCE, around=(Sliced(1),))
+    recipe = PLAIN.but(around=(Sliced(1),))
 
 
 class CrossFrameAttnProcessor(PlainCall):
@@ -148,7 +148,7 @@ class CrossFrameAttnProcessor(PlainCall):
         batch_size: How many videos the batch holds; 2 under classifier-free guidance.
     """
 
-    recipe = PLAIN.but(frame=BARE, kernel=REFERENCE, edits=(FirstFrame(2),))
+    recipe = PLAIN.but(frame=BARE, edits=(FirstFrame(2),))
     batch_size = Setting("edits", FirstFrame, "batch_size")
 
     def __init__(self, batch_size: int = 2) -> None:
@@ -169,9 +169,9 @@ class PAGCFGIdentitySelfAttnProcessor2_0(TembCall):
 
 
 class AttnAddedKVProcessor(AddedCall):
-    """Attention of a grid to a text and itself, in plain tensor operations."""
+    """As `AttnAddedKVProcessor2_0`, under its older name."""
 
-    recipe = ADDED_KV.but(kernel=REFERENCE)
+    recipe = ADDED_KV
 
 
 class AttnAddedKVProcessor2_0(AddedCall):
@@ -189,4 +189,4 @@ class XFormersAttnAddedKVProcessor(WithOperator, PlainCall):
 class SlicedAttnAddedKVProcessor(WithSlices, TembCall):
     """Attention of a grid to a text and itself, a few heads at a time."""
 
-    recipe = ADDED_KV.but(kernel=REFERENCE, around=(Sliced(1),))
+    recipe = ADDED_KV.but(around=(Sliced(1),))

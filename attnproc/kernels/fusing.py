@@ -1,0 +1,44 @@
+"""Whether fused Triton kernels may stand in for plain tensor operations."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from .takes import constant
+
+__all__ = ["fusable", "use_fused"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Triton's interpreter runs the kernels on a CPU, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_wanted = os.environ.get("ATTNPROC_FUSED", "1") != "0"
+
+
+def use_fused(wanted: bool) -> None:
+    """Turns fused kernels on (as they are at first) or off, for the whole process.
+
+    They compute what the composed operations compute, with fewer roundings. Off is for comparing,
+    and for what they do not have: gradients of gradients. The environment variable
+    ``ATTNPROC_FUSED=0`` does the same at the start.
+    """
+    global _wanted
+    _wanted = wanted
+
+
+def fusable(x: Tensor) -> bool:
+    """Whether a tensor is of a kind that the kernels take, and they are wanted and there."""
+    if not (x.is_cuda or _INTERPRETED):
+        return False
+    return _wanted and x.dtype in _DTYPES and _has_triton()
+
+
+@constant
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,312 @@
+"""Linear attention of ReLU features in two passes over q, k and v, with float32 between them.
+
+The plain form is `attnproc.kernels.linear.relu_linear`. The first pass sums ``relu(k)^T v`` and
+``relu(k)`` over the tokens, the second applies the sums to the queries. No wide copy is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["linear_attention", "linear_op"]
+
+# Tokens of a tile, those that a program of the applying passes walks over, and the least for one
+# of the summing passes.
+_TILE = 64
+_STEP = 256
+_WALK = 1024
+_PRECISION = tl.constexpr("tf32x3")
+
+
+@triton.jit
+def _rows(ptr, tokens, live, d, stride, D: tl.constexpr):
+    """A tile ``[T, DP]``, zeros outside."""
+    inside = live[:, None] & (d < D)[None, :]
+    return tl.load(ptr + tokens[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _sums(
+    k, v, state, total, length, heads, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr,
+):  # fmt: skip
+    """Part of ``relu(k)^T v`` ``[D, D]`` and of ``relu(k)`` ``[D]``: some tokens of one head."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = row // heads, row % heads
+    k = k + batch * k_batch + head * k_head
+    v = v + batch * v_batch + head * v_head
+    d = tl.arange(0, DP)
+    products = tl.zeros((DP, DP), tl.float32)
+    sums = tl.zeros((DP,), tl.float32)
+    for first in range(0, WALK, T):
+        tokens = (part * WALK + first + tl.arange(0, T)).to(tl.int64)
+        live = tokens < length
+        keys = _rows(k, tokens, live, d, k_token, D)
+        keys = tl.maximum(keys, tl.zeros_like(keys))
+        values = _rows(v, tokens, live, d, v_token, D)
+        products = tl.dot(tl.trans(keys), values, products, input_precision=_PRECISION)
+        sums += tl.sum(keys.to(tl.float32), axis=0)
+    at = (part * tl.num_programs(0) + row) * D
+    inside = (d < D)[:, None] & (d < D)[None, :]
+    tl.store(state + at * D + d[:, None] * D + d[None, :], products, mask=inside)
+    tl.store(total + at + d, sums, mask=d < D)
+
+
+@triton.jit
+def _summed(
+    state, total, row, count, d, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """The whole state ``[DP, DP]`` and normaliser ``[DP]`` of one head."""
+    inside = (d < D)[:, None] & (d < D)[None, :]
+    whole = tl.zeros((DP, DP), tl.float32)
+    sums = tl.zeros((DP,), tl.float32)
+    for part in range(PARTS):
+        at = (part * count + row) * D
+        whole += tl.load(state + at * D + d[:, None] * D + d[None, :], mask=inside, other=0.0)
+        sums += tl.load(total + at + d, mask=d < D, other=0.0)
+    return whole, sums
+
+
+@triton.jit
+def _apply(
+    q, state, total, o, length, heads, eps, q_batch, q_head, q_token,
+    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Outputs of some tokens of one head."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = row // heads, row % heads
+    d = tl.arange(0, DP)
+    whole, sums = _summed(state, total, row, tl.num_programs(0), d, D, DP, PARTS)
+    q = q + batch * q_batch + head * q_head
+    o = o + (batch * length * heads + head) * D
+    for first in range(0, WALK, T):
+        tokens = (part * WALK + first + tl.arange(0, T)).to(tl.int64)
+        live = tokens < length
+        queries = tl.maximum(_rows(q, tokens, live, d, q_token, D).to(tl.float32), 0.0)
+        norm = tl.sum(queries * sums[None, :], axis=1) + eps
+        found = tl.dot(queries, whole, input_precision=_PRECISION) / norm[:, None]
+        inside = live[:, None] & (d < D)[None, :]
+        places = tokens[:, None] * (heads * D) + d[None, :]
+        tl.store(o + places, found.to(o.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _back_queries(
+    g, q, o, state, total, dq, d_state, d_total, length, heads, eps,
+    g_batch, g_head, g_token, q_batch, q_head, q_token, o_batch, o_head, o_token,
+    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of some queries of one head, and their part of the sums' gradients."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = row // heads, row % heads
+    d = tl.arange(0, DP)
+    whole, sums = _summed(state, total, row, tl.num_programs(0), d, D, DP, PARTS)
+    g = g + batch * g_batch + head * g_head
+    q = q + batch * q_batch + head * q_head
+    o = o + batch * o_batch + head * o_head
+    dq = dq + (batch * length * heads + head) * D
+    products = tl.zeros((DP, DP), tl.float32)
+    shares = tl.zeros((DP,), tl.float32)
+    for first in range(0, WALK, T):
+        tokens = (part * WALK + first + tl.arange(0, T)).to(tl.int64)
+        live = tokens < length
+        inside = live[:, None] & (d < D)[None, :]
+        raw = _rows(q, tokens, live, d, q_token, D).to(tl.float32)
+        queries = tl.maximum(raw, 0.0)
+        norm = tl.sum(queries * sums[None, :], axis=1) + eps
+        grad = _rows(g, tokens, live, d, g_token, D).to(tl.float32) / norm[:, None]
+        along = tl.sum(grad * _rows(o, tokens, live, d, o_token, D).to(tl.float32), axis=1)
+        found = tl.dot(grad, tl.trans(whole), input_precision=_PRECISION)
+        found -= along[:, None] * sums[None, :]
+        found = tl.where(raw > 0, found, 0.0)
+        places = tokens[:, None] * (heads * D) + d[None, :]
+        tl.store(dq + places, found.to(dq.dtype.element_ty), mask=inside)
+        queries = tl.where(inside, queries, 0.0)
+        products = tl.dot(tl.trans(queries), grad, products, input_precision=_PRECISION)
+        shares -= tl.sum(queries * along[:, None], axis=0)
+    at = (part * tl.num_programs(0) + row) * D
+    inside = (d < D)[:, None] & (d < D)[None, :]
+    tl.store(d_state + at * D + d[:, None] * D + d[None, :], products, mask=inside)
+    tl.store(d_total + at + d, shares, mask=d < D)
+
+
+@triton.jit
+def _back_keys(
+    k, v, d_state, d_total, dk, dv, length, heads,
+    k_batch, k_head, k_token, v_batch, v_head, v_token,
+    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of some keys and values of one head."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = row // heads, row % heads
+    d = tl.arange(0, DP)
+    whole, sums = _summed(d_state, d_total, row, tl.num_programs(0), d, D, DP, PARTS)
+    k = k + batch * k_batch + head * k_head
+    v = v + batch * v_batch + head * v_head
+    dk = dk + (batch * length * heads + head) * D
+    dv = dv + (batch * length * heads + head) * D
+    for first in range(0, WALK, T):
+        tokens = (part * WALK + first + tl.arange(0, T)).to(tl.int64)
+        live = tokens < length
+        inside = live[:, None] & (d < D)[None, :]
+        keys = _rows(k, tokens, live, d, k_token, D).to(tl.float32)
+        values = _rows(v, tokens, live, d, v_token, D).to(tl.float32)
+        of_keys = tl.dot(values, tl.trans(whole), input_precision=_PRECISION) + sums[None, :]
+        of_keys = tl.where(keys > 0, of_keys, 0.0)
+        of_values = tl.dot(tl.maximum(keys, 0.0), whole, input_precision=_PRECISION)
+        places = tokens[:, None] * (heads * D) + d[None, :]
+        tl.store(dk + places, of_keys.to(dk.dtype.element_ty), mask=inside)
+        tl.store(dv + places, of_values.to(dv.dtype.element_ty), mask=inside)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    """``relu(q) (relu(k)^T v) / (relu(q) sum(relu(k)) + eps)``.
+
+    Args:
+        q: ``[B, H, Q, D]``, D at most 128.
+        k: ``[B, H, K, D]``, as `v`.
+        v: Values.
+        eps: Added to the normaliser.
+
+    Returns:
+        ``[B, H, Q, D]``, a view of a contiguous ``[B, Q, H, D]``.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return linear_op(q, k, v, eps)[0].transpose(1, 2)
+    return _forward(q, k, v, eps)[0].transpose(1, 2)
+
+
+@torch.library.custom_op("attnproc::relu_linear", mutates_args=())
+def linear_op(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
+    """`linear_attention` ``[B, Q, H, D]`` as an operator, with the sums that gradients need."""
+    return _forward(q, k, v, eps)
+
+
+@linear_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
+    batch, heads, queries, dim = q.shape
+    _, parts = _split(k.shape[2])
+    o = q.new_empty(batch, queries, heads, dim)
+    state = q.new_empty(parts, batch * heads, dim, dim, dtype=torch.float32)
+    return [o, state, state.new_empty(parts, batch * heads, dim)]
+
+
+@torch.library.custom_op("attnproc::relu_linear_back", mutates_args=())
+def _back_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    state: Tensor,
+    total: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    return _backward(grad, q, k, v, o, state, total, eps)
+
+
+@_back_op.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    state: Tensor,
+    total: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    shapes = [(t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in (q, k, v)]
+    return [t.new_empty(shape) for t, shape in zip((q, k, v), shapes, strict=True)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    q, k, v, ctx.eps = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    q, k, v, o, state, total = ctx.saved_tensors
+    found = _back_op(grads[0], q, k, v, o, state, total, ctx.eps)
+    return (*(g.transpose(1, 2) for g in found), None)
+
+
+linear_op.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _split(tokens: int) -> tuple[int, int]:
+    """Tokens that a program walks over, and how many programs that makes a head."""
+    walk = max(_WALK, -(-tokens // 16 // _TILE) * _TILE)
+    return walk, -(-tokens // walk)
+
+
+def _tile(dim: int) -> dict[str, int]:
+    return {"D": dim, "DP": max(16, triton.next_power_of_2(dim)), "T": _TILE}
+
+
+def _on(x: Tensor) -> Any:
+    return torch.cuda.device_of(x)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
+    q, k, v = _plain(q), _plain(k), _plain(v)
+    batch, heads, queries, dim = q.shape
+    keys, rows = k.shape[2], batch * heads
+    walk, parts = _split(keys)
+    state = q.new_empty(parts, rows, dim, dim, dtype=torch.float32)
+    total = q.new_empty(parts, rows, dim, dtype=torch.float32)
+    o = q.new_empty(batch, queries, heads, dim)
+    if not o.numel():
+        return [o, state, total]
+    with _on(q):
+        _sums[rows, parts](
+            k, v, state, total, keys, heads, *k.stride()[:3], *v.stride()[:3],
+            WALK=walk, **_tile(dim),
+        )  # fmt: skip
+        _apply[rows, -(-queries // _STEP)](
+            q, state, total, o, queries, heads, eps, *q.stride()[:3],
+            WALK=_STEP, PARTS=parts, **_tile(dim),
+        )  # fmt: skip
+    return [o, state, total]
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    state: Tensor,
+    total: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    q, k, v, grad, o = (_plain(t) for t in (q, k, v, grad.transpose(1, 2), o.transpose(1, 2)))
+    batch, heads, queries, dim = q.shape
+    keys, rows = k.shape[2], batch * heads
+    walk, parts = _split(queries)
+    dq = q.new_empty(batch, queries, heads, dim)
+    dk, dv = (t.new_empty(batch, keys, heads, dim) for t in (k, v))
+    d_state = state.new_empty(parts, rows, dim, dim)
+    d_total = state.new_empty(parts, rows, dim)
+    if not q.numel():
+        return [dq, dk.zero_(), dv.zero_()]
+    with _on(q):
+        _back_queries[rows, parts](
+            grad, q, o, state, total, dq, d_state, d_total, queries, heads, eps,
+            *grad.stride()[:3], *q.stride()[:3], *o.stride()[:3],
+            WALK=walk, PARTS=state.shape[0], **_tile(dim),
+        )  # fmt: skip
+        _back_keys[rows, -(-keys // _STEP)](
+            k, v, d_state, d_total, dk, dv, keys, heads, *k.stride()[:3], *v.stride()[:3],
+            WALK=_STEP, PARTS=parts, **_tile(dim),
+        )  # fmt: skip
+    return [dq, dk, dv]
