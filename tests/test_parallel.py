@@ -6,10 +6,15 @@ fails is listed by the job's name. One job: `python tests/parallel_jobs.py 2 dro
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("diffusers")
 
+import numpy as np
 from parallel_jobs import FAST, JOBS, losing, outcomes
 
 
@@ -39,3 +44,20 @@ def test_a_lost_rank_ends_the_job_on_every_other(how: str) -> None:
         assert f"rank {rank}: an exchange with the ranks [0, 1, 2] failed" in message
         assert "within the timeout" in message
         assert seconds < 10
+
+
+def test_torchrun_makes_the_picture_of_one_process(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    words = ("generate", "red heart", "--steps", "2", "--size", "64", "--out")
+    module = ("-m", "attnproc.app")
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+    for out, start in (("one.png", ()), ("two.png", run)):
+        command = [sys.executable, *start, *module, *words, str(tmp_path / out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1
+
+    one, two = (np.asarray(image.open(tmp_path / f"{n}.png")).astype(int) for n in ("one", "two"))
+    assert abs(one - two).max() <= 1
+    assert "on 2 processes" in done.stdout

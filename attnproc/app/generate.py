@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnproc.app import adapters, files
+from attnproc.app import adapters, files, ranks
 from attnproc.app.checks import prepare
 from attnproc.app.options import (
     Batch,
@@ -82,19 +82,22 @@ def generate(
     given = adapters.read(lora or (), custom, image, pag)
     steering = steer(weights, region or (), reference, span(schedule))
     request, part = Request(known.text, seed, steps, guidance, batch), _words_rows(guidance, pag)
-    with progress(steps) as stage:
+    with ranks.joined(device), progress(steps) as stage:
         pipeline = load(device)
         from attnproc.app import fitting, pictures
 
         ran = fitting.install(pipeline.unet, processor, guidance=guidance)
         pipeline = given.put_on(pipeline)
         steering.put_on(pipeline.unet, part)
+        ran += ranks.spread(pipeline.unet, part[1] * batch)
         ready, hooks = clock.seconds, steering.hooks(pipeline)
         inputs = {**given.inputs(guidance), **steering.call(pipeline, request)}
         positions = known.positions if maps or maps_html else None
         with _captured(pipeline.unet, positions, part, maps_html) as seen:
             painted = paint(pipeline, request, stage("painting"), inputs, hooks)
 
+    if not ranks.first():
+        return
     first = len(painted) - batch
     for picture, path in zip(painted[first:], targets, strict=True):
         files.save(pictures.enlarge(picture, size), path)

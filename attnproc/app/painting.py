@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnproc.app.faults import Fault
+from attnproc.app.ranks import first, own_device
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
@@ -63,7 +64,7 @@ def load(device: str) -> StableDiffusionPipeline:
         from attnproc.app.demo import model, vocabulary
 
         try:
-            pipeline = model.load(device, torch.float32, folder=vocabulary.WEIGHTS)
+            pipeline = model.load(own_device(device), torch.float32, folder=vocabulary.WEIGHTS)
         except model.DemoWeightsError as error:
             raise Fault(str(error)) from error
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -141,7 +142,7 @@ def progress(steps: int) -> Generator[Callable[[str], Tick]]:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and first()),
     ) as bar:
         task = bar.add_task("loading the model", total=None)
 
