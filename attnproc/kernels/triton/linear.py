@@ -47,8 +47,8 @@ def _sums(
         tokens = (part * WALK + first + tl.arange(0, T)).to(tl.int64)
         live = tokens < length
         keys = _rows(k, tokens, live, d, k_token, D)
-        keys = tl.maximum(keys, tl.zeros_like(keys))
         values = _rows(v, tokens, live, d, v_token, D)
+        keys = tl.where(keys > 0, keys, 0.0).to(values.dtype)
         products = tl.dot(tl.trans(keys), values, products, input_precision=_PRECISION)
         sums += tl.sum(keys.to(tl.float32), axis=0)
     at = (part * tl.num_programs(0) + row) * D
