@@ -83,8 +83,27 @@ def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
 
 def _three(at: Site, names: tuple[str, str, str], x: Tensor, context: Tensor) -> QKV:
     if x is context:
-        return QKV(*_together(at, names, x))
+        asked = _asked(at, x)
+        if asked == x.shape[0]:
+            return QKV(*_together(at, names, x))
+        return QKV(*_together(at, names[:2], x[:asked]), linear(at, names[2], x))
     return QKV(linear(at, names[0], x), *_together(at, names[1:], context))
+
+
+def _asked(at: Site, x: Tensor) -> int:
+    """Of how many rows of the batch queries and keys matter: not of those that pass values on.
+
+    Only where nothing else looks at them, and nothing else comes a row.
+    """
+    recipe, call = at.recipe, at.call
+    if len(recipe.around) != 1 or recipe.edits or recipe.prompts or call.context is not None:
+        return x.shape[0]
+    asked = getattr(recipe.around[0], "asked", None)
+    rope = call.rope if isinstance(call.rope, tuple) else (call.rope,)
+    plain = all(part is None or (isinstance(part, Tensor) and part.ndim == 2) for part in rope)
+    if asked is None or not plain or at.proc._parallel_config is not None:
+        return x.shape[0]
+    return asked(x.shape[0])
 
 
 def _together(at: Site, names: tuple[str, ...], x: Tensor) -> list[Tensor]:

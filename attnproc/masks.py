@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .looked_at import hides_nothing, refuse_zero_one
 from .types import (
     All,
     Arranged,
@@ -22,7 +23,6 @@ from .types import (
     Site,
     Window,
 )
-from .zero_one import refuse_zero_one
 
 __all__ = ["Room", "factors", "fold", "joined", "padded", "truthy", "unmasked", "valid_text"]
 
@@ -47,7 +47,7 @@ def padded(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     kind of `attnproc.types`.
     """
     mask = at.call.mask
-    return scoring if mask is None else fold(mask, scoring, _room(at, arranged))
+    return scoring if mask is None else _folded(at, mask, scoring, _room(at, arranged))
 
 
 def truthy(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
@@ -56,7 +56,7 @@ def truthy(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     if mask is None:
         return scoring
     mask = mask.bool().flatten(1) if isinstance(mask, Tensor) else mask
-    return fold(mask, scoring, _room(at, arranged))
+    return _folded(at, mask, scoring, _room(at, arranged))
 
 
 def valid_text(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
@@ -77,6 +77,14 @@ def unmasked(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     return scoring._replace(eps=at.attn.eps)
 
 
+def _folded(at: Site, mask: Tensor | MaskKind, scoring: Scoring, room: Room) -> Scoring:
+    """`fold`, without a mask over keys that hides none of them."""
+    found, given = fold(mask, scoring, room), at.call.mask
+    if isinstance(found.mask, Keys) and isinstance(given, Tensor) and hides_nothing(given):
+        return scoring
+    return found
+
+
 def fold(mask: Tensor | MaskKind, scoring: Scoring, room: Room) -> Scoring:
     """The scoring with one more mask, in normal form.
 
@@ -94,7 +102,7 @@ def fold(mask: Tensor | MaskKind, scoring: Scoring, room: Room) -> Scoring:
             scoring = scoring._replace(mods=(*scoring.mods, part.mod))
         else:
             values = part if isinstance(part, Tensor) else part[0]
-            kind = _kind(_over_all_keys(values, room), room)
+            kind = _within(_kind(_over_all_keys(values, room), room), values.shape[-1], room)
             scoring = scoring._replace(mask=joined(scoring.mask, kind))
     return scoring
 
@@ -140,7 +148,8 @@ def _parts(mask: Tensor | MaskKind) -> tuple[Tensor | MaskKind, ...]:
 
 
 def _room(at: Site, arranged: Arranged) -> Room:
-    batch, heads, queries = arranged.q.shape[:3]
+    # Rows that perturbation leaves unasked have values alone.
+    batch, (heads, queries) = arranged.v.shape[0], arranged.q.shape[1:3]
     # Guidance by perturbation may be given the mask of the unperturbed rows alone.
     parts: list[Any] = [w for w in at.recipe.around if hasattr(w, "plain")]
     batches = [batch, *(part.plain(batch) for part in parts)]
@@ -169,6 +178,14 @@ def _over_all_keys(mask: Tensor, room: Room) -> Tensor:
         raise ValueError(f"attention_mask ends in {length} keys, this call has {options}")
     image = (0, keys - text) if room.text_first else (keys - text, 0)
     return F.pad(mask, image, value=mask.dtype == torch.bool)
+
+
+def _within(kind: Mask, length: int, room: Room) -> Mask:
+    """A mask that was given for the text alone hides nothing else."""
+    if not isinstance(kind, Keys) or length == room.keys:
+        return kind
+    at = (0, length) if room.text_first else (room.keys - length, room.keys)
+    return kind._replace(within=at)
 
 
 def _kind(mask: Tensor, room: Room) -> Mask:

@@ -106,9 +106,13 @@ class Arranged(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A mask over keys: ``valid`` is bool ``[B|1, K]``, true where a key may be attended to."""
+    """A mask over keys: ``valid`` is bool ``[B|1, K]``, true where a key may be attended to.
+
+    `within` is where alone it may be false, start and stop; None if that is not known.
+    """
 
     valid: Tensor
+    within: tuple[int, int] | None = None
 
     @classmethod
     def first(cls, lengths: Tensor, keys: int) -> Keys:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..rows import scoring_of
 from ..types import AroundPart, Bias, KernelCall, Keys, Mask, Scoring
 from .base import Kernel
+from .lse import gives_lse, with_lse
 from .reference import expand_heads, factor, masked_softmax
 from .visible import OfRows, dense_mask
 
@@ -79,7 +80,13 @@ def identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scori
         mask = Bias(_rows(mask, text))
         scoring = scoring._replace(mask=mask, causal=False, window=None, mods=())
     rest = kernel(q[:, :, text], k, v, scoring)
-    return torch.cat((rest, seen) if start else (seen, rest), dim=2)
+    return _cat((rest, seen) if start else (seen, rest), 2)
+
+
+def _cat(parts: tuple[Tensor, Tensor], dim: int) -> Tensor:
+    """Outputs ``[B, H, Q, D]`` as one, with each token's heads side by side as kernels do."""
+    swapped = {0: 0, 2: 1}[dim]
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=swapped).transpose(1, 2)
 
 
 def _themselves_and_text(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
@@ -87,6 +94,9 @@ def _themselves_and_text(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> T
     start, stop = scoring.image_keys or (0, k.shape[2])
     image, text = slice(start, stop), slice(0, start) if start else slice(stop, k.shape[2])
     k, v = expand_heads(k, q), expand_heads(v, q)
+    merged = _merged(q, (k[:, :, text], v[:, :, text]), (k[:, :, image], v[:, :, image]), scoring)
+    if merged is not None:
+        return merged
 
     to_text = q @ k[:, :, text].transpose(-1, -2)  # [B, H, S, T]
     to_self = (q * k[:, :, image]).sum(dim=-1, keepdim=True)
@@ -95,6 +105,24 @@ def _themselves_and_text(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> T
     weights = masked_softmax(scores, None if mask is None else _text_and_self(mask, scoring))
     weights = weights.to(v.dtype)
     return weights[..., :-1] @ v[:, :, text] + weights[..., -1:] * v[:, :, image]
+
+
+def _merged(
+    q: Tensor, text: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], scoring: Scoring
+) -> Tensor | None:
+    """The same without the scores of the text: its outputs and each token's value, weighted.
+
+    None where torch's kernels give no log-sum-exp.
+    """
+    if not gives_lse(q, *text, scoring) or scoring.causal:
+        return None
+    found = with_lse(q, *text, scoring)
+    if found is None:
+        return None
+    o, lse = found
+    to_self = (q * own[0]).sum(dim=-1, dtype=torch.float32) * factor(q, scoring)
+    weight = torch.sigmoid(to_self - lse).unsqueeze(-1)
+    return torch.lerp(o, own[1], weight.to(o.dtype))
 
 
 @dataclass(frozen=True)
@@ -118,10 +146,14 @@ class Perturbed:
         """How many rows of the batch are not perturbed."""
         return batch - batch // self.chunks
 
+    def asked(self, batch: int) -> int:
+        """Of how many rows queries and keys matter, where no text is joined to the image."""
+        return self.plain(batch) if self.perturb is identity else batch
+
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
-        batch = q.shape[0]
+        batch = v.shape[0]
         if batch % self.chunks:
             raise ValueError(
                 f"hidden_states has a batch of {batch}: perturbed-attention guidance takes "
@@ -139,7 +171,7 @@ class Perturbed:
 
         o = kernel(q[:plain], k[:plain], v[:plain], of_plain)
         last = self.perturb(kernel, q[plain:], k[plain:], v[plain:], of_last)
-        return torch.cat((o, last))
+        return _cat((o, last), 0)
 
 
 def _rows(mask: Tensor, queries: slice) -> Tensor:

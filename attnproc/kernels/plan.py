@@ -7,6 +7,7 @@ import warnings
 from torch import Tensor
 
 from ..types import Scoring
+from .apart import apart, worth_parting
 from .base import Kernel, registered
 from .chunked import CHUNKED
 from .flex import FLEX
@@ -41,6 +42,10 @@ def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The kernel that the table or the rules pick for this kind of call."""
     if only_causal(scoring) and not is_tuned(q.device.type):
         return sdpa(q, k, v, scoring)
+    if worth_parting(q, k, v, scoring):
+        o = apart(q, k, v, scoring)
+        if o is not None:
+            return o
     return pick(ask(q, k, v, scoring))(q, k, v, scoring)
 
 
