@@ -40,7 +40,7 @@ from diffusers.models._modeling_parallel import (  # noqa: E402
 )
 
 import attnproc  # noqa: E402
-from attnproc.parallel.exchange import gather, shares, spans  # noqa: E402
+from attnproc.parallel.exchange import shares, spans  # noqa: E402
 
 # What a half precision output may differ by, relative to its root mean square.
 ALLOWED = 0.03
@@ -131,6 +131,8 @@ MODELS = (
 
 # Whose attention, and over which axis; theirs gives the log-sum-exp by cuDNN alone.
 SIDES = ("ours", "theirs", "ours-ulysses", "theirs-ulysses", "ours-ring", "theirs-ring")
+# Also replayed as a CUDA graph, where Python takes no time.
+GRAPHS = ("ours", "ours-ulysses", "ours-ring")
 
 
 def made(model: Model, side: str, device: str, dtype: torch.dtype, tiny: bool) -> Any:
@@ -171,32 +173,50 @@ def enable(net: Any, config: Any, plan: Any, device: str) -> None:
 def measured(net: Any, inputs: Any, device: str, seconds: float) -> tuple[Tensor, dict[str, Any]]:
     """The output, and times and memory of the slowest rank."""
     gpu = device != "cpu"
-    out = net(**inputs, return_dict=False)[0]
+
+    def call() -> Tensor:
+        return net(**inputs, return_dict=False)[0]
+
+    out = call()
     for _ in range(3 if gpu else 1):
-        net(**inputs, return_dict=False)
+        call()
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if gpu else 0
+    row: dict[str, Any] = timed(call, device, seconds)
+    row["MiB"] = (torch.cuda.max_memory_allocated() - held) >> 20 if gpu else 0
+    return out, row
+
+
+@torch.inference_mode()
+def replayed(net: Any, inputs: Any, device: str, seconds: float) -> dict[str, Any]:
+    """Times of the call as a CUDA graph, collectives and all."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        net(**inputs, return_dict=False)
+    return timed(graph.replay, device, seconds)
+
+
+def timed(call: Callable[[], Any], device: str, seconds: float) -> dict[str, Any]:
+    """Milliseconds of the slowest rank."""
     times: list[float] = []
-    spent, least, most = 0.0, 3, 20 if gpu else 3
+    spent, least, most = 0.0, 3, 20 if device != "cpu" else 3
     # The slowest rank's time is the same on all, so that all make the same number of calls.
     while len(times) < least or (spent < seconds and len(times) < most):
         dist.barrier()
         start = time.perf_counter()
-        net(**inputs, return_dict=False)
-        if gpu:
+        call()
+        if device != "cpu":
             torch.cuda.synchronize()
         took = torch.tensor(time.perf_counter() - start, device=device)
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
         times.append(took.item() * 1e3)
         spent += took.item()
-    peak = torch.cuda.max_memory_allocated() - held if gpu else 0
-    return out, {
+    return {
         "ms": round(statistics.median(times), 2),
         "fastest": round(min(times), 2),
         "calls": len(times),
-        "MiB": peak >> 20,
     }
 
 
@@ -251,16 +271,14 @@ def link(device: str) -> dict[str, float]:
 
     axis = spread_over(init_device_mesh(device, (dist.get_world_size(),))).ulysses
     t = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
-    part = t.chunk(axis.size)[0]
-    counts = [part.numel()] * axis.size
-    rates = []
+    rates: list[float] = []
     for _ in range(6):
         dist.barrier()
         start = time.perf_counter()
-        gather(part, counts, 0, axis)
+        dist.all_to_all_single(torch.empty_like(t), t, group=axis.group)
         if device != "cpu":
             torch.cuda.synchronize()
-        sent = part.numel() * 2 * (axis.size - 1)
+        sent = t.numel() * 2 * (axis.size - 1) / axis.size
         rates.append(sent / (time.perf_counter() - start) / 1e9)
     return {"all_to_all_GB_s": round(statistics.median(rates[2:]), 1)}
 
@@ -307,6 +325,8 @@ def main() -> None:
                 out, row = measured(net, inputs, device, options.seconds)
                 want = out if want is None else want
                 row |= {"model": model.name, "side": side, "error": off(out, want)}
+                if gpu and side in GRAPHS:
+                    row["graph"] = replayed(net, inputs, device, options.seconds)["ms"]
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 reason = (str(error).splitlines() or [""])[0][:200]
                 row = {

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -301,6 +302,12 @@ def drop_in(ring: int, ulysses: int, uneven: bool = False, backend: str | None =
     close(_out(model, inputs), want, "output")
 
 
+def in_parts(case: Case, shape: Shape) -> None:
+    """Heads that are exchanged in two parts, as those of long sequences are."""
+    with mock.patch("attnproc.parallel.ulysses._LONG", 0):
+        inside(case, shape)
+
+
 def drop_in_masked() -> None:
     """Text padding over both kinds of Flux' blocks: these join the streams themselves."""
     model, inputs, _ = _flux(text=8)
@@ -348,8 +355,6 @@ def _flux(text: int) -> tuple[Any, dict[str, Any], Tensor]:
 
 def _enabled(model: Any, **degrees: Any) -> None:
     """`enable_parallelism`, which asks for an accelerator and divides by how many there are."""
-    from unittest import mock
-
     from diffusers import ContextParallelConfig
 
     device = torch.device("cpu")
@@ -540,6 +545,12 @@ def further() -> dict[int, dict[str, Job]]:
     for heads in ("mean", "each", [1]):
         two[f"capture-{heads}"] = partial(captured, TOKENS, heads)
     two["capture-rows"] = partial(captured, ROWS, "mean")
+    for name in ("AttnProcessor2_0", "FluxAttnProcessor2_0", "StableAudioAttnProcessor2_0"):
+        two[f"parts-{name}"] = partial(in_parts, FIRST[name], TOKENS)
+    gqa = next(
+        case for case in PLAIN if case.id.startswith("AttnProcessor2_0") and "gqa" in case.id
+    )
+    two["parts-gqa"] = partial(in_parts, gqa, TOKENS)
     for verb, args in STEERED.items():
         two[f"steer-{verb}"] = partial(steered, TOKENS, verb, args)
         two[f"steer-rows-{verb}"] = partial(steered, ROWS, verb, args)

@@ -11,7 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
-__all__ = ["Axis", "Lost", "gather", "send", "shares", "spans", "summed"]
+__all__ = [
+    "ALONE",
+    "Axis",
+    "Lost",
+    "gather",
+    "lost",
+    "post",
+    "received",
+    "send",
+    "shares",
+    "spans",
+]
 
 
 class Lost(RuntimeError):
@@ -64,16 +75,41 @@ def send(parts: Sequence[Sequence[Tensor]], shapes: Any, axis: Axis) -> list[lis
     """
     if axis.size == 1:
         return [list(parts[0])]
-    flat = _flat([part for of_rank in parts for part in of_rank])
-    going = [sum(part.numel() for part in of_rank) for of_rank in parts]
     sizes = [[_count(shape) for shape in of_rank] for of_rank in shapes]
-    got = _all_to_all(flat, [sum(of_rank) for of_rank in sizes], going, axis)
+    going = [_flat(list(of_rank)) for of_rank in parts]
+    got = received(post(going, [sum(of_rank) for of_rank in sizes], axis), axis)
     return [
         [t.view(shape) for t, shape in zip(piece.split(of_rank), of_shapes, strict=True)]
         for piece, of_rank, of_shapes in zip(
             got.split([sum(of_rank) for of_rank in sizes]), sizes, shapes, strict=True
         )
     ]
+
+
+def post(parts: Sequence[Tensor], coming: Sequence[int], axis: Axis) -> Tensor:
+    """Starts to send a tensor to every rank; `received` gives what comes.
+
+    Args:
+        parts: The tensor for each rank.
+        coming: How many numbers come from each.
+        axis: The ranks.
+    """
+    flat, going = _flat(list(parts)), [part.numel() for part in parts]
+    # Without a gradient the plain one does, which inference mode takes too.
+    with_grad = torch.is_grad_enabled() and flat.requires_grad
+    run = collectives.all_to_all_single_autograd if with_grad else collectives.all_to_all_single
+    try:
+        return run(flat, list(coming), going, axis.group)
+    except (RuntimeError, dist.DistBackendError) as error:
+        raise Lost(lost(axis, error)) from error
+
+
+def received(at: Tensor, axis: Axis) -> Tensor:
+    """What came of `post`, one rank's after another, in one row."""
+    try:
+        return collectives.wait_tensor(at)
+    except (RuntimeError, dist.DistBackendError) as error:
+        raise Lost(lost(axis, error)) from error
 
 
 def gather(t: Tensor, counts: Sequence[int], dim: int, axis: Axis) -> Tensor:
@@ -89,33 +125,13 @@ def gather(t: Tensor, counts: Sequence[int], dim: int, axis: Axis) -> Tensor:
     return torch.cat([part for (part,) in parts]).movedim(0, dim)
 
 
-def summed(t: Tensor, axis: Axis) -> Tensor:
-    """The sum over the ranks, on each of them, in the order of the ranks.
-
-    Every rank adds the same numbers in the same order, so all have the same to the bit.
-    """
-    if axis.size == 1:
-        return t
-    return gather(t[None], (1,) * axis.size, 0, axis).sum(dim=0)
-
-
 def _flat(parts: list[Tensor]) -> Tensor:
     """All of some tensors, one after another."""
+    if len(parts) == 1:
+        return parts[0].reshape(-1)
     if all(part.shape == parts[0].shape for part in parts):
         return torch.cat(parts).flatten()
     return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _all_to_all(flat: Tensor, coming: list[int], going: list[int], axis: Axis) -> Tensor:
-    # Without a gradient the plain one does, which inference mode takes too.
-    with_grad = torch.is_grad_enabled() and flat.requires_grad
-    run = collectives.all_to_all_single_autograd if with_grad else collectives.all_to_all_single
-    if torch.compiler.is_compiling():
-        return run(flat, coming, going, axis.group)
-    try:
-        return collectives.wait_tensor(run(flat, coming, going, axis.group))
-    except (RuntimeError, dist.DistBackendError) as error:
-        raise Lost(lost(axis, error)) from error
 
 
 def lost(axis: Axis, error: Exception) -> str:

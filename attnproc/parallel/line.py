@@ -31,6 +31,7 @@ from .maps import of_all_heads
 from .ring import Ring, local_of
 from .scorings import gathered_keys, gathered_rows, of_heads, over_keys
 from .spread import Room, Sequences, Spread, heads_of, to_heads, to_tokens
+from .ulysses import Exchanged
 
 if TYPE_CHECKING:
     from ..processor import Processor
@@ -98,7 +99,7 @@ def spread_out(
     _check(at, arranged, kernel, spread)
     arranged, hidden = _text_shown(at, arranged, spread)
     work = _Work(at, arranged, kernel, _places(at, arranged, spread)._replace(hidden=hidden))
-    for way in (_over_keys_alone, _linear, _round_ring):
+    for way in (_over_keys_alone, _linear, _order_free):
         found = way(work)
         if found is not None:
             return found
@@ -239,34 +240,42 @@ def _all_of_image(places: _Places, o: Tensor, span: Span) -> tuple[Tensor, Span]
     return gather(o, places.of_q.image, 2, places.spread.tokens), span
 
 
-def _round_ring(work: _Work) -> Way | None:
-    """A ring, where nothing brings queries and keys together but a softmax that can be merged."""
-    at, places = work.at, work.places
-    spread, kernel = places.spread, kernel_of(work.kernel)
-    if spread.ring.size == 1 or kernel.linear or places.cross or places.rows or not work.plain:
+def _order_free(work: _Work) -> Way | None:
+    """Calls that nothing but the kernel looks at: it may see the tokens in any order.
+
+    Over a ring by a kernel whose parts can be merged, over the others by an exchange.
+    """
+    at, arranged, kernel, places = work
+    spread, bare = places.spread, kernel_of(kernel)
+    free = not (at.recipe.around or at.recipe.edits or places.rows or places.cross)
+    if not free or not work.plain or at.call.mask is not None or bare.linear:
         return None
-    # The keys of all ranks travel in messages of one size.
-    size = spread.ulysses.size
-    blocks = [range(i, i + size) for i in range(0, spread.tokens.size, size)]
-    sizes = {sum(map(places.of_k.length, block)) for block in blocks}
-    if at.call.mask is not None or at.recipe.edits or len(sizes) > 1:
-        return None
-    local = local_of(kernel, work.arranged.q, work.arranged.v)
-    if local is None:
-        return None
-    ranks = blocks[spread.ring.rank]
-    arranged, room = _exchanged(work, spread.ulysses, ranks)
-    home = partial(_home, places, room, ranks)
-    return _whole(work), arranged, Ring(spread.ring, local, spread.wide), home
+    size, axis, ranks = spread.ulysses.size, spread.tokens, range(spread.tokens.size)
+    if spread.ring.size > 1:
+        blocks = [range(i, i + size) for i in range(0, spread.tokens.size, size)]
+        local = local_of(bare, arranged.q, arranged.v)
+        # The keys of all ranks travel in messages of one size.
+        if local is not None and len({sum(map(places.of_k.length, b)) for b in blocks}) == 1:
+            axis, ranks = spread.ulysses, blocks[spread.ring.rank]
+            kernel = Ring(spread.ring, local, spread.wide)
+    q, k, v = _own(work)
+    if axis.size > 1:
+        heads = tuple(heads_of(q.shape[1], k.shape[1], axis.size))
+        queries, keys = (tuple(of.length(i) for i in ranks) for of in (places.of_q, places.of_k))
+        kernel = Exchanged(axis, heads, queries, keys, kernel)
+    me = spread.tokens.rank
+    length, text = places.of_q.image[me], places.of_k.text[me]
+    if places.hidden:
+        length, text = q.shape[2], 0
+    return _whole(work), Arranged(q, k, v, length, text), kernel, partial(_home, places)
 
 
 def _for_heads(work: _Work) -> Way:
     """Tokens for heads, over all ranks."""
     at, places = work.at, work.places
     spread = places.spread
-    everyone = range(spread.tokens.size)
     axis = spread.everyone if places.rows else spread.tokens
-    arranged, room = _exchanged(work, axis, everyone)
+    arranged, room = _exchanged(work, axis)
     mask = at.call.mask
     if not (spread.inside or places.cross):
         mask = gathered_keys(mask, places.of_k, spread.tokens)
@@ -278,11 +287,24 @@ def _for_heads(work: _Work) -> Way:
     whole = _whole(work)
     call = whole.call._replace(mask=of_heads(mask, mine.queries, total, batches))
     whole = whole._replace(call=call, recipe=of_all_heads(whole.recipe, room))
-    return whole, arranged, work.kernel, partial(_home, places, room, everyone)
+    return whole, arranged, work.kernel, partial(_exchanged_home, places, room)
 
 
-def _exchanged(work: _Work, axis: Axis, ranks: range) -> tuple[Arranged, Room]:
-    """The tokens of some ranks, for own heads."""
+def _exchanged(work: _Work, axis: Axis) -> tuple[Arranged, Room]:
+    """The tokens of all ranks, for own heads."""
+    places = work.places
+    q, k, v = _own(work)
+    rows = places.rows or (q.shape[0],)
+    room = Room(axis, rows, tuple(heads_of(q.shape[1], k.shape[1], axis.size)))
+    q, k, v = to_heads(room, q, k, v, places.of_q, places.of_k)
+    found = Arranged(q, k, v, sum(places.of_q.image), sum(places.of_k.text))
+    if places.hidden:
+        found = found._replace(length=q.shape[2], text_keys=0)
+    return found, room
+
+
+def _own(work: _Work) -> tuple[Tensor, Tensor, Tensor]:
+    """Own queries, keys and values of what came, of which a rank may have more."""
     places, arranged = work.places, work.arranged
     q, k, v = arranged[:3]
     rank = places.spread.tokens.rank
@@ -294,21 +316,17 @@ def _exchanged(work: _Work, axis: Axis, ranks: range) -> tuple[Arranged, Room]:
         q = _own_of_image(q, places.of_q, rank)
     if places.image_whole or places.cross:
         k, v = (_own_of_image(t, places.of_k, rank) for t in (k, v))
-    rows = places.rows or (q.shape[0],)
-    room = Room(axis, rows, tuple(heads_of(q.shape[1], k.shape[1], axis.size)))
-    of_q, of_k = places.of_q.some(ranks), places.of_k.some(ranks)
-    if axis.size > 1:
-        q, k, v = to_heads(room, q, k, v, of_q, of_k)
-    found = Arranged(q, k, v, sum(of_q.image), sum(of_k.text))
-    if places.hidden:
-        found = found._replace(length=q.shape[2], text_keys=0)
-    return found, room
+    return q, k, v
 
 
-def _home(places: _Places, room: Room, ranks: range, o: Tensor, span: Span) -> tuple[Tensor, Span]:
-    """Own tokens of all heads, and where their image stands."""
+def _exchanged_home(places: _Places, room: Room, o: Tensor, span: Span) -> tuple[Tensor, Span]:
+    """Own tokens of all heads; see `_home`."""
+    return _home(places, to_tokens(room, o, places.of_q), span)
+
+
+def _home(places: _Places, o: Tensor, span: Span) -> tuple[Tensor, Span]:
+    """What the module has to give of own tokens, and where their image stands."""
     of_q, axis = places.of_q, places.spread.tokens
-    o = to_tokens(room, o, of_q.some(ranks)) if room.axis.size > 1 else o
     text, image, first = of_q.text[axis.rank], of_q.image[axis.rank], of_q.text_first
     if not any(of_q.text):
         return (gather(o, of_q.image, 2, axis) if places.image_whole else o), None

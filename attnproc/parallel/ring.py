@@ -87,10 +87,10 @@ class _Ring(torch.autograd.Function):
             if o is None or lse is None:
                 o, lse = some.to(summing), of_some
             else:
-                both = torch.logaddexp(lse, of_some)
-                o = o * (lse - both).exp()[..., None].to(summing)
-                o = o + some * (of_some - both).exp()[..., None].to(summing)
-                lse = both
+                # The share of the new part, by which the sum moves towards it.
+                share = torch.sigmoid(of_some - lse)[..., None].to(summing)
+                o = o.lerp_(some.to(summing), share)
+                lse = torch.logaddexp(lse, of_some)
             kv = kv if waiting is None else waiting()
         assert o is not None
         assert lse is not None

@@ -192,7 +192,7 @@ def to_heads(
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, S, H, D]
     parts = [
-        [_some(q, heads.queries), _some(k, heads.keys), _some(v, heads.keys)]
+        [some_heads(q, heads.queries), some_heads(k, heads.keys), some_heads(v, heads.keys)]
         for heads in room.heads
     ]
     mine = room.heads[room.axis.rank]
@@ -233,8 +233,8 @@ def to_tokens(room: Room, o: Tensor, of_q: Sequences) -> Tensor:
     return torch.cat([part for (part,) in got], dim=2).transpose(1, 2)
 
 
-def _some(t: Tensor, heads: Sequence[int]) -> Tensor:
-    """Some heads of ``[B, S, H, D]``."""
+def some_heads(t: Tensor, heads: Sequence[int]) -> Tensor:
+    """Some heads of ``[..., H, D]``, along the third axis."""
     if heads and heads[-1] - heads[0] == len(heads) - 1:
         return t[:, :, heads[0] : heads[-1] + 1]
     return t[:, :, list(heads)]
