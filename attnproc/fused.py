@@ -19,6 +19,7 @@ from .types import QKV, Streams
 __all__ = ["fused"]
 
 _NEITHER = (None, None)
+_NO_NORM = Formula("none", None, None, 0.0, False)
 
 
 def fused(
@@ -35,8 +36,9 @@ def fused(
     image, text = streams
     if not fusable(image.q):
         return None
-    idle = norms.image == norms.text == tables == _NEITHER
-    if (idle and (text is None or _joins_itself())) or not _takes(image, text):
+    if text is None and norms.image == _NEITHER and tables[0] is None and tables[1] is None:
+        return None
+    if not _takes(image, text):
         return None
     formulas = [_formulas(pair, stream) for pair, stream in zip(norms, streams, strict=True)]
     turned = None if rotary is None else _tables(streams, rotary, tables)
@@ -53,11 +55,6 @@ def fused(
         parts = _taken(streams, name)
         setattr(both, name, _laid(parts, *hows[name], text_first, over == "joint"))
     return both
-
-
-def _joins_itself() -> bool:
-    """Whether torch's own join is as good: it gives gradients as views, or is compiled."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _takes(image: QKV, text: QKV | None) -> bool:
@@ -147,17 +144,15 @@ def _laid(
     if n0 is None and table is None and n1 is None:
         if then is None:
             return x
-        if _joins_itself():
+        # torch's own join is as fast for whole tensors, and gives gradients as views.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_contiguous():
             return torch.cat((x, then), dim=1)
-    how = Lay(
-        norms=(KINDS.index(n0.kind) if n0 else 0, KINDS.index(n1.kind) if n1 else 0),
-        eps=(n0.eps if n0 else 0.0, n1.eps if n1 else 0.0),
-        across=any(n.across for n in (n0, n1) if n is not None),
-        turns=(t0, t1),
-        joint=joint,
-        width=table.width if table else 2,
-        turned=table.turned if table else 0,
-        step=table.step if table else 1,
-    )
-    weights = (n0 and n0.weight, n0 and n0.bias, n1 and n1.weight, n1 and n1.bias)
-    return lay(x, then, how, weights, None if table is None else (table.cos, table.sin))
+    one, other = n0 or _NO_NORM, n1 or _NO_NORM
+    norms = KINDS.index(one.kind), KINDS.index(other.kind)
+    across, eps = one.across or other.across, (one.eps, other.eps)
+    weights = (one.weight, one.bias, other.weight, other.bias)
+    if table is None:
+        return lay(x, then, Lay(norms, eps, across), weights)
+    shape = (table.width, table.turned, table.step)
+    how = Lay(norms, eps, across, (t0, t1), joint, *shape)
+    return lay(x, then, how, weights, (table.cos, table.sin))

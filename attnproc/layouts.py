@@ -108,6 +108,9 @@ def _asked(at: Site, x: Tensor) -> int:
 
 def _together(at: Site, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """The projections of one input, by one product where `attnproc.packing` keeps one matrix."""
+    if not x.is_contiguous():
+        # Tokens of a grid: each product would make its own copy.
+        x = x.contiguous()
     packing = at.attn._modules.get("packing")
     if packing is None:
         return [linear(at, name, x) for name in names]

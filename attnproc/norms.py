@@ -117,7 +117,8 @@ def formula(norm: Any, heads: int, dim: int, dtype: torch.dtype) -> Formula | No
     A layer with hooks, a changed `forward` or weights of a kind of their own is not: whoever
     changed it wants it called.
     """
-    kind = _KINDS.get(f"{type(norm).__module__}.{type(norm).__qualname__}")
+    form = type(norm)
+    kind = _KINDS.get(f"{form.__module__}.{form.__qualname__}")
     if kind is None or norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
         return None
     if kind == "l2" and (norm.p != 2 or norm.dim != -1):

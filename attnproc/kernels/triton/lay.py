@@ -7,6 +7,7 @@ float32 in between and one rounding at the end.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ _L2 = tl.constexpr(3)
 
 # Elements that a program holds at a time, and how many tokens it walks over all heads for.
 _HELD = 4096
-_TOKENS = 4
+_TOKENS = 2
 
 
 class Lay(NamedTuple):
@@ -507,35 +508,38 @@ def _plain(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
-def _tile(heads: int, dim: int, across: bool) -> dict[str, Any]:
-    """Sizes of a program's tile: tokens, heads, channels; and its warps."""
-    width = max(triton.next_power_of_2(dim), 16)
-    most = triton.next_power_of_2(heads)
-    tokens = 1 if across else _TOKENS
+@functools.lru_cache(maxsize=1024)
+def _fixed(how: Lay, heads: int, dim: int, per_head: bool) -> dict[str, Any]:
+    """Arguments of compilation: what is done, and the tile's tokens, heads and channels."""
+    width = max(16, 1 << (dim - 1).bit_length())
+    most = 1 << (heads - 1).bit_length()
+    tokens = 1 if how.across else _TOKENS
     at_once = max(1, min(most, _HELD // (width * tokens)))
-    return {"T": tokens, "HB": at_once, "DP": width, "num_warps": 4}
-
-
-def _common(
-    x: Tensor, then: Tensor | None, how: Lay, table: tuple[Tensor | None, Tensor | None]
-) -> tuple[dict[str, Any], Tensor | None, Tensor | None, tuple[int, int, int, int]]:
-    """Compile-time arguments, the table on the right device, and its strides."""
-    heads, dim = x.shape[2:]
-    cos, sin = table
-    strides, per_head = (0, 0, 0, 0), False
-    if cos is not None and sin is not None:
-        cos, sin = cos.to(x.device), sin.to(x.device)
-        if cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-        per_head = cos.shape[2] > 1
-        strides = (cos.stride(0) if cos.shape[0] > 1 else 0, *cos.stride()[1:])
-    fixed = {
+    return {
         "H": heads, "D": dim, "NORM0": how.norms[0], "NORM1": how.norms[1],
         "ACROSS": how.across, "TURN0": how.turns[0], "TURN1": how.turns[1], "JOINT": how.joint,
         "PER_HEAD": per_head, "WIDTH": how.width, "TURNED": how.turned, "STEP": how.step,
-        **_tile(heads, dim, how.across),
+        "T": tokens, "HB": at_once, "DP": width,
     }  # fmt: skip
-    return fixed, cos, sin, strides
+
+
+def _common(
+    x: Tensor, how: Lay, table: tuple[Tensor | None, Tensor | None]
+) -> tuple[dict[str, Any], Tensor | None, Tensor | None, tuple[int, int, int, int]]:
+    """Arguments of compilation, the table on the right device, and its strides."""
+    heads, dim = x.shape[2:]
+    cos, sin = table
+    if cos is None or sin is None:
+        return _fixed(how, heads, dim, False), None, None, (0, 0, 0, 0)
+    if cos.device != x.device:
+        cos, sin = cos.to(x.device), sin.to(x.device)
+    strides = cos.stride()
+    if strides != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+        strides = cos.stride()
+    if cos.shape[0] == 1:
+        strides = (0, *strides[1:])
+    return _fixed(how, heads, dim, cos.shape[2] > 1), cos, sin, strides
 
 
 def _launch(
@@ -547,7 +551,7 @@ def _launch(
 ) -> Tensor:
     batch, length, heads, dim = x.shape
     more = 0 if then is None else then.shape[1]
-    fixed, cos, sin, strides = _common(x, then, how, table)
+    fixed, cos, sin, strides = _common(x, how, table)
     x, then = _plain(x), None if then is None else _plain(then)
     w0, b0, w1, b1 = weights
     o = x.new_empty(batch, length + more, heads, dim)
@@ -571,7 +575,7 @@ def _launch_back(
 ) -> list[Tensor]:
     batch, length, heads, dim = x.shape
     more = 0 if then is None else then.shape[1]
-    fixed, cos, sin, strides = _common(x, then, how, table)
+    fixed, cos, sin, strides = _common(x, how, table)
     x, then = _plain(x), None if then is None else _plain(then)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     w0, b0, w1, b1 = weights
