@@ -24,6 +24,7 @@ __all__ = [
     "CustomDiffusion",
     "LoRA",
     "LoRALinear",
+    "called",
     "dropout",
     "linear",
     "module_linear",
@@ -68,7 +69,14 @@ def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
         layer = getattr(at.attn, name)
     if layer.__class__ is nn.ModuleList:
         layer = layer._modules["0"]
-    # A plain layer without hooks: `Module.__call__` would cost as much as the product's launch.
+    return called(layer, x)
+
+
+def called(layer: Any, x: Tensor) -> Tensor:
+    """``layer(x)``, for a plain linear layer without the cost of `Module.__call__`.
+
+    That would be as much as a launch; hooks are honoured.
+    """
     if layer.__class__ is nn.Linear and not _is_watched(layer):
         held = layer._parameters
         return F.linear(x, held["weight"], held["bias"])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .linears import called
 from .modules import RMSNorm
 from .norms import Norms
 from .prologue import laid
@@ -78,15 +79,14 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     branches: dict[int, list[Branch]] = {}
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):
-            layers = proc.to_k_ip[i], proc.to_v_ip[i]
+            layers = proc.to_k_ip._modules[str(i)], proc.to_v_ip._modules[str(i)]
             for branch in _branches(layers, state, scale, mask, q):
                 branches.setdefault(branch.k.shape[2], []).append(branch)
 
     scoring = Scoring(scale=at.recipe.scale(at))
     total = None
     for alike in branches.values():
-        more = _attended(alike, q, kernel, scoring)
-        total = more if total is None else total + more
+        total = _added(total, alike, q, kernel, scoring)
     if total is None:
         return q.new_zeros(()).expand(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
     return total
@@ -110,33 +110,42 @@ def _branches(
     """One branch for a prompt; with a mask one for each of its images."""
     if mask is None:
         k, v = (_keys(layer, state.flatten(1, -2), q) for layer in layers)
-        weight = amount(scale)
-        # A number weights the prompt's few values instead of all outputs.
-        return [Branch(k, v, weight) if isinstance(weight, Tensor) else Branch(k, v * weight, 1.0)]
+        return [Branch(k, v, amount(scale))]
     k, v = (_keys(layer, state, q).unbind(1) for layer in layers)
     scales = scale if isinstance(scale, list | tuple) else [scale] * len(k)
     weights = (amount(s) * r for s, r in zip(scales, _regions(mask, q), strict=True))
     return [Branch(*branch) for branch in zip(k, v, weights, strict=True)]
 
 
-def _attended(branches: list[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring) -> Tensor:
-    """The weighted sum of branches with equally many tokens, by one kernel call."""
-    if len(branches) == 1:
-        k, v, weight = branches[0]
-        return _weighted(weight, merge_heads(kernel(q, k, v, scoring)))
-    many = q.expand(len(branches), *q.shape).flatten(0, 1)
-    k, v, weights = zip(*branches, strict=True)
-    o = merge_heads(kernel(many, torch.cat(k), torch.cat(v), scoring)).chunk(len(branches))
-    parts = [_weighted(weight, part) for weight, part in zip(weights, o, strict=True)]
-    return torch.stack(parts).sum(dim=0)
-
-
-def _weighted(weight: float | Tensor, o: Tensor) -> Tensor:
-    return o if isinstance(weight, float) and weight == 1.0 else weight * o
+def _added(
+    total: Tensor | None,
+    branches: list[Branch],
+    q: Tensor,
+    kernel: KernelCall,
+    scoring: Scoring,
+) -> Tensor:
+    """What there is plus the weighted sum of branches with equally many tokens, by one call."""
+    if len(branches) > 1:
+        many = q.expand(len(branches), *q.shape).flatten(0, 1)
+        k, v, weights = zip(*branches, strict=True)
+        o = merge_heads(kernel(many, torch.cat(k), torch.cat(v), scoring)).chunk(len(branches))
+        more = torch.stack([w * part for w, part in zip(weights, o, strict=True)]).sum(dim=0)
+        return more if total is None else total + more
+    k, v, weight = branches[0]
+    if isinstance(weight, Tensor):
+        more = weight * merge_heads(kernel(q, k, v, scoring))
+        return more if total is None else total + more
+    if total is None:
+        # A number weights the prompt's few values instead of all outputs.
+        return merge_heads(kernel(q, k, v if weight == 1 else v * weight, scoring))
+    return torch.add(total, merge_heads(kernel(q, k, v, scoring)), alpha=weight)
 
 
 def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
-    return layer(tokens).unflatten(-1, (-1, q.shape[-1])).transpose(-2, -3).to(q.dtype)
+    """``[..., H, tokens, D]`` of states ``[..., tokens, C]``."""
+    found = called(layer, tokens)
+    found = found.view(*found.shape[:-1], -1, q.shape[3]).transpose(-2, -3)
+    return found if found.dtype == q.dtype else found.to(q.dtype)
 
 
 def _checked(
