@@ -64,22 +64,23 @@ class Machine:
         near: Bytes/s that a GPU sends to GPUs of its node.
         far: Bytes/s that it sends to those of other nodes.
         node: GPUs of a node.
-        latency: Seconds that a collective takes at least, within a node.
+        latency: Seconds that an exchange or a step of a ring takes at least, with the small
+            kernels about it.
         hop: Seconds more for each step to another node.
         host: Seconds that Python takes to start a layer's kernels.
         host_exchange: Seconds more that it takes for one exchange.
         memory: Bytes/s of a GPU's memory, for merging the parts of a ring.
     """
 
-    linear: float = 446e12
-    attention: float = 420e12
-    near: float = 300e9
+    linear: float = 518e12
+    attention: float = 663e12
+    near: float = 240e9
     far: float = 45e9
     node: int = 8
-    latency: float = 30e-6
+    latency: float = 120e-6
     hop: float = 10e-6
-    host: float = 1.6e-3
-    host_exchange: float = 0.3e-3
+    host: float = 2.2e-3
+    host_exchange: float = 0.2e-3
     memory: float = 2.6e12
 
 
@@ -167,9 +168,10 @@ def cost(model: Layers, split: Split = ONE, machine: Machine = H100) -> Cost:
     if split.ring > 1:
         nodes = split.gpus > machine.node
         passing = passed / (machine.far if nodes else machine.near)
-        passing += (split.ring - 1) * (machine.latency + nodes * machine.hop)
+        passing += (split.ring - 1) * nodes * machine.hop
         # Each part is read, the sum in float32 read and written.
         merging = split.ring * own * model.width * (_HALF + 2 * 4) / machine.memory
+        merging += split.ring * machine.latency
     # Keys travel while those before them are at work.
     shown = max(0.0, passing - attended * (split.ring - 1) / split.ring)
 
