@@ -80,11 +80,6 @@ class Sequences(NamedTuple):
         """Tokens of a rank."""
         return self.text[rank] + self.image[rank]
 
-    def some(self, ranks: range) -> Sequences:
-        """The parts of some ranks."""
-        text, image = (counts[ranks.start : ranks.stop] for counts in self[:2])
-        return Sequences(text, image, self.text_first)
-
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole sequence of the ranks' parts ``[B, S_i, H, D]``, in one process's order."""
         if not any(self.text):
