@@ -45,7 +45,8 @@ def fused(
     if any(known is None for known in formulas) or (rotary is not None and turned is None):
         return None
     over = "image" if rotary is None else rotary.over
-    both, hows = QKV(None, None, None), {"v": ((None, None), None)}
+    both = QKV(None, None, None)
+    hows: dict[str, tuple[tuple[Formula | None, ...], Table | None]] = {"v": (_NEITHER, None)}
     for i, name in enumerate("qk"):
         pair = tuple(known[i] for known in formulas if known is not None)
         if len({n.across for n in pair if n is not None}) > 1:
@@ -135,12 +136,15 @@ def _laid(
     from .kernels.triton.lay import KINDS, Lay, lay
 
     turns = (table is not None, table is not None and joint)
-    found = [part for part in zip(parts, norms, turns, strict=True) if part[0] is not None]
+    found: list[tuple[Any, ...]] = [
+        part for part in zip(parts, norms, turns, strict=True) if part[0] is not None
+    ]
     if text_first:
         found.reverse()
     if not found:
         return None
-    (x, n0, t0), (then, n1, t1) = (*found, (None, None, False))[:2]
+    pair: tuple[Any, Any] = (*found, (None, None, False))[:2]
+    (x, n0, t0), (then, n1, t1) = pair
     if n0 is None and table is None and n1 is None:
         if then is None:
             return x
@@ -148,11 +152,11 @@ def _laid(
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_contiguous():
             return torch.cat((x, then), dim=1)
     one, other = n0 or _NO_NORM, n1 or _NO_NORM
-    norms = KINDS.index(one.kind), KINDS.index(other.kind)
+    kinds = KINDS.index(one.kind), KINDS.index(other.kind)
     across, eps = one.across or other.across, (one.eps, other.eps)
     weights = (one.weight, one.bias, other.weight, other.bias)
     if table is None:
-        return lay(x, then, Lay(norms, eps, across), weights)
+        return lay(x, then, Lay(kinds, eps, across), weights)
     shape = (table.width, table.turned, table.step)
-    how = Lay(norms, eps, across, (t0, t1), joint, *shape)
+    how = Lay(kinds, eps, across, (t0, t1), joint, *shape)
     return lay(x, then, how, weights, (table.cos, table.sin))

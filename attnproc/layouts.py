@@ -86,7 +86,8 @@ def _three(at: Site, names: tuple[str, str, str], x: Tensor, context: Tensor) ->
         asked = _asked(at, x)
         if asked == x.shape[0]:
             return QKV(*_together(at, names, x))
-        return QKV(*_together(at, names[:2], x[:asked]), linear(at, names[2], x))
+        q, k = _together(at, names[:2], x[:asked])
+        return QKV(q, k, linear(at, names[2], x))
     return QKV(linear(at, names[0], x), *_together(at, names[1:], context))
 
 
@@ -101,7 +102,7 @@ def _asked(at: Site, x: Tensor) -> int:
     asked = getattr(recipe.around[0], "asked", None)
     rope = call.rope if isinstance(call.rope, tuple) else (call.rope,)
     plain = all(part is None or (isinstance(part, Tensor) and part.ndim == 2) for part in rope)
-    if asked is None or not plain or at.proc._parallel_config is not None:
+    if asked is None or not plain or at.proc._parallel_config is not None:  # pyright: ignore[reportPrivateUsage]
         return x.shape[0]
     return asked(x.shape[0])
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _modules
+from torch.nn.modules import module
 
 from .schedules import amount, is_off
 from .types import Site
@@ -87,7 +87,11 @@ PLAIN = (module_linear,)
 """The linears of a recipe without adapters."""
 
 
-def _is_watched(layer: nn.Module) -> bool:
+# Hooks of all modules are variables of this one.
+_GLOBAL: Any = module
+
+
+def _is_watched(layer: Any) -> bool:
     """Whether anything but `forward` happens where a layer is called."""
     return bool(
         layer._forward_hooks
@@ -95,10 +99,10 @@ def _is_watched(layer: nn.Module) -> bool:
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__
-        or _modules._global_forward_hooks
-        or _modules._global_forward_pre_hooks
-        or _modules._global_backward_hooks
-        or _modules._global_backward_pre_hooks
+        or _GLOBAL._global_forward_hooks
+        or _GLOBAL._global_forward_pre_hooks
+        or _GLOBAL._global_backward_hooks
+        or _GLOBAL._global_backward_pre_hooks
     )
 
 
@@ -107,9 +111,9 @@ def dropout(at: Site, x: Tensor) -> Tensor:
     layers = at.attn.to_out
     if at.recipe.linears[0] is not module_linear:
         layers = getattr(at.proc, "to_out_custom_diffusion", layers)
-    drop = layers._modules.get("1")
+    drop: Any = layers._modules.get("1")
     # Looked at before it is called, since most have nothing to drop.
-    idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not drop._forward_hooks
+    idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not _is_watched(drop)
     return x if drop is None or idle else drop(x)
 
 

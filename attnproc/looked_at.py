@@ -7,6 +7,7 @@ taken as it is.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ __all__ = ["hides_nothing", "refuse_zero_one"]
 _EVERYWHERE = os.environ.get("ATTNPROC_CHECK_MASKS") == "1"
 # So many rows of the batch and so many queries are looked at.
 _SAMPLE = 32
+# Under torch.func a mask may have no values of its own.
+_TORCH: Any = torch
 # Masks that were looked at: their version then, and what was found.
 _GOOD = WeakTensorKeyDictionary()
 _WHOLE = WeakTensorKeyDictionary()
@@ -56,7 +59,7 @@ def hides_nothing(mask: Tensor) -> bool:
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    if torch._C._are_functorch_transforms_active():
+    if _TORCH._C._are_functorch_transforms_active():
         return False
     version, known = _version(mask), _WHOLE.get(mask)
     if known is None or known[0] != version:

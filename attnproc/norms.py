@@ -57,6 +57,8 @@ def unnormed(at: Site, text: bool) -> Norms:
 def norm_streams(norms: Norms, streams: Streams) -> None:
     """Norms streams ``[B, S, H, D]``, each tensor over ``D`` or over ``H*D``."""
     for (of_q, of_k), stream in zip(norms, streams, strict=True):
+        if stream is None:
+            continue
         if of_q is not None:
             stream.q = apply(of_q, stream.q)
         if of_k is not None:
