@@ -143,7 +143,7 @@ def _laid(
         found.reverse()
     if not found:
         return None
-    pair: tuple[Any, Any] = (*found, (None, None, False))[:2]
+    pair: Any = (*found, (None, None, False))[:2]
     (x, n0, t0), (then, n1, t1) = pair
     if n0 is None and table is None and n1 is None:
         if then is None:
