@@ -86,9 +86,12 @@ def _tables(
     """Rotary tables of queries and keys; None where one does not fit the kernels."""
     of_queries, of_keys = tables
     found = None if of_queries is None else table_of(rotary.form, of_queries)
-    other = found
-    if of_keys is not of_queries:
-        other = None if of_keys is None else table_of(rotary.form, of_keys)
+    # Compiled code can't compare tables by identity; keys have another one only of their own.
+    other = None if rotary.keys == "own" else found
+    if of_keys is None:
+        other = None
+    elif other is None:
+        other = table_of(rotary.form, of_keys)
     for name, rope, table in (("q", of_queries, found), ("k", of_keys, other)):
         if rope is not None and (table is None or not _fits(table, streams, name, rotary.over)):
             return None

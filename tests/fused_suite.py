@@ -22,7 +22,7 @@ from attnproc.modules import LpNorm
 from attnproc.norms import Norms
 from attnproc.prologue import laid
 from attnproc.types import QKV, Keys, Scoring, Streams
-from attnproc.verify.check import check
+from attnproc.verify.check import check, graph_breaks
 
 __all__ = ["stand_ins"]
 
@@ -226,3 +226,9 @@ def test_norm_formulas_are_read_off_the_layers() -> None:
     assert known is not None
     assert (known.kind, known.eps, known.across) == ("layer", 1e-3, True)
     assert norms.formula(nn.LayerNorm(7), H, D, torch.float32) is None
+
+
+@pytest.mark.usefixtures("stand_ins")
+@each(SOME[3::8])
+def test_compiled_code_keeps_the_kernels_in_one_graph(case: Case) -> None:
+    assert graph_breaks(case) == 0

@@ -38,7 +38,12 @@ def fusable(x: Tensor) -> bool:
     return _wanted and x.dtype in _DTYPES and _has_triton()
 
 
+# Compiled code takes the answer of a plain function alone as a constant.
 @constant
-@functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _found("triton")
+
+
+@functools.cache
+def _found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
