@@ -35,7 +35,8 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     Raises:
         ValueError: An argument has a shape or a combination that the recipe does not take.
     """
-    at = Site(recipe, proc, attn, own_call(proc, call))
+    spread = proc._parallel_config is not None  # pyright: ignore[reportPrivateUsage]
+    at = Site(recipe, proc, attn, own_call(proc, call) if spread else call)
 
     x, context = call.x, call.context
     for enter in recipe.entering:
@@ -53,7 +54,9 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
         extra = more if extra is None or more is None else extra + more
 
     # On several ranks: from here to `home` all tokens of some heads, before and after own tokens.
-    whole, arranged, kernel, home = spread_out(at, arranged, kernel)
+    whole, home = at, None
+    if spread:
+        whole, arranged, kernel, home = spread_out(at, arranged, kernel)
     q, k, v = arranged.q, arranged.k, arranged.v
     for edit in recipe.edits:
         k, v = edit(whole, arranged, k, v)
@@ -67,7 +70,9 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     if scoring.keep is not None:
         o = o * scoring.keep[:, None, :, None]
 
-    o, span = home(o, scoring.image)
+    span = scoring.image
+    if home is not None:
+        o, span = home(o, span)
     o = merge_heads(o)
     image, text, *rest = recipe.output(at, o, span, extra)
     del o
@@ -79,20 +84,18 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
 def score(at: Site, arranged: Arranged) -> Scoring:
     """The scoring of this call: settings of the module, then the mask."""
     attn, text_first = at.attn, at.recipe.text_first
-    length, text_keys = arranged.length, arranged.text_keys
+    length, text_keys, queries = arranged.length, arranged.text_keys, arranged.q.shape[2]
     plain = Scoring(
         causal=getattr(attn, "is_causal", False),
         scale=at.recipe.scale(at),
         upcast_qk=getattr(attn, "upcast_attention", False),
         upcast_softmax=getattr(attn, "upcast_softmax", False),
-        image=_image(arranged.q.shape[2], arranged.q.shape[2] - length, text_first),
-        image_keys=_image(arranged.k.shape[2], text_keys, text_first),
+        image=_image(queries, queries - length, text_first) if queries > length else None,
+        image_keys=_image(arranged.k.shape[2], text_keys, text_first) if text_keys else None,
     )
     return at.recipe.mask(at, arranged, plain)
 
 
-def _image(total: int, text: int, text_first: bool) -> tuple[int, int] | None:
-    """Where the image stands beside a text; None where there is no text."""
-    if not text:
-        return None
+def _image(total: int, text: int, text_first: bool) -> tuple[int, int]:
+    """Where the image stands beside a text."""
     return (text, total) if text_first else (0, total - text)

@@ -19,7 +19,6 @@ from .schedules import amount, is_off
 from .types import Site
 
 __all__ = [
-    "PLAIN",
     "PROJECTIONS",
     "CustomDiffusion",
     "LoRA",
@@ -51,10 +50,7 @@ _NO_MODULES: dict[str, Any] = {}
 
 def linear(at: Site, name: str, x: Tensor, y: Any = None) -> Tensor:
     """The projection `name` of `x` ``[B, S, C]``, or of its packed product `y`, with adapters."""
-    parts = at.recipe.linears
-    if parts == PLAIN and y is None:
-        return module_linear(at, name, x, None)
-    for part in parts:
+    for part in at.recipe.linears:
         y = part(at, name, x, y)
     return y
 
@@ -83,10 +79,6 @@ def called(layer: Any, x: Tensor) -> Tensor:
     return layer(x)
 
 
-PLAIN = (module_linear,)
-"""The linears of a recipe without adapters."""
-
-
 # Hooks of all modules are variables of this one.
 _GLOBAL: Any = module
 
@@ -113,8 +105,9 @@ def dropout(at: Site, x: Tensor) -> Tensor:
         layers = getattr(at.proc, "to_out_custom_diffusion", layers)
     drop: Any = layers._modules.get("1")
     # Looked at before it is called, since most have nothing to drop.
-    idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not _is_watched(drop)
-    return x if drop is None or idle else drop(x)
+    if drop is None or (type(drop) is nn.Dropout and not (drop.training and drop.p)):
+        return x if drop is None or not _is_watched(drop) else drop(x)
+    return drop(x)
 
 
 class LoRALinear(nn.Module):

@@ -58,11 +58,15 @@ def laid(
         rotary: How queries and keys are rotated.
         tables: The tables for queries and for keys; None for what is not rotated.
     """
+    image = streams.image
+    if rotary is None and streams.text is None and norms.image == (None, None):
+        if image.v is None or image.q.dtype == image.k.dtype == image.v.dtype:
+            return image
     both = fused(streams, norms, text_first, rotary, tables)
     if both is None:
         norm_streams(norms, streams)
         if rotary is not None and rotary.over == "image":
-            rotary(streams.image, tables)
+            rotary(image, tables)
         both = join(streams, text_first)
         if rotary is not None and rotary.over == "joint":
             rotary(both, tables)
