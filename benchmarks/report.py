@@ -110,10 +110,12 @@ def gpu_summary() -> str:
         lines.append(["forward and backward, times as fast", "1", speedup(gain), "1.3"])
     text = table(("geometric mean over the rows", "diffusers", "attnproc", "goal"), lines)
     slow = "\n".join(f"- {mode}: {slower(rows, mode)}" for mode in GOALS)
-    breaks = [name for name, row in rows.items() if row["ours"].get("breaks")]
+    traced = [name for name, row in rows.items() if "breaks" in row["ours"]]
+    breaks = [name for name in traced if rows[name]["ours"]["breaks"]]
+    broken = (", ".join(breaks) or "none") if traced else "not measured"
     return (
         f"{text}\n\nRows where diffusers is faster by more than {SPREAD - 1:.0%}:\n\n{slow}\n\n"
-        f"Rows with a graph break: {', '.join(breaks) or 'none'}.\n\n"
+        f"Rows with a graph break: {broken}.\n\n"
         f"![GPU time over the floor, by row](images/{GPU_PLOT})\n\n{about(data)}"
     )
 
