@@ -6,13 +6,17 @@ Each row of docs/differences.md is a test here, run for every class that it is a
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import CASES, Case, each, select
 from naive import naive
+from peak import peak_bytes
 
 import attnproc
+from attnproc.kernels.reference import REFERENCE
+from attnproc.kernels.reference import reference as whole
 from attnproc.verify.build import build, diffusers_found, evaluate
 from attnproc.verify.check import compare
 from attnproc.verify.references import LORA_BASES, reference_class
@@ -263,3 +267,30 @@ def test_image_prompt_without_text_on_flux() -> None:
         theirs = FluxIPAdapterAttnProcessor(32, 20, scale=0.7).double()
         attn.head_dim, attn.added_kv_proj_dim = 8, None
         torch.testing.assert_close(theirs(attn, x, ip_hidden_states=[state]), plain)
+
+
+OLDER = (
+    ("AttnProcessor", {}),
+    ("SlicedAttnProcessor", {"slice_size": 1}),
+    ("CrossFrameAttnProcessor", {"batch_size": 2}),
+)
+
+
+@pytest.mark.parametrize(("name", "init"), OLDER, ids=lambda value: str(value))
+def test_older_classes_keep_no_scores(name: str, init: dict[str, int]) -> None:
+    attn = attnproc.Attention(query_dim=64, heads=8, dim_head=8)
+    x = torch.randn(2, 512, 64)
+    held = peak_bytes(lambda: getattr(attnproc, name)(**init)(attn, x))
+    assert held < 2 * 8 * 512 * 512 * 4 / 4  # a quarter of the scores
+
+
+def test_slices_bound_a_kernel_that_keeps_scores() -> None:
+    attn = attnproc.Attention(query_dim=64, heads=8, dim_head=8)
+    x = torch.randn(1, 512, 64)
+    calls = []
+    plain = attnproc.SlicedAttnProcessor(slice_size=2)
+    sliced = plain.but(
+        kernel=replace(REFERENCE, run=lambda *args: calls.append(1) or whole(*args))
+    )
+    torch.testing.assert_close(sliced(attn, x), plain(attn, x), rtol=1e-5, atol=1e-6)
+    assert len(calls) == 4
