@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["KINDS", "Lay", "lay", "lay_op"]
+__all__ = ["KINDS", "Lay", "lay"]
 
 KINDS = ("none", "rms", "layer", "l2")
 """Norms: none; root mean square; mean and deviation; Euclidean length."""
@@ -156,6 +156,14 @@ def _partner(d, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _tokens(block, length, start, JOINT: tl.constexpr, T: tl.constexpr):
+    """Positions of a program's tokens in their stream, which exist, and their rows of a table."""
+    tokens = (block * T + tl.arange(0, T)).to(tl.int64)
+    rows = tokens + start if JOINT else tokens
+    return tokens, tokens < length, rows
+
+
+@triton.jit
 def _stream(
     x_ptr, stride, o_ptr, w_ptr, b_ptr, cos_ptr, sin_ptr, block, length, start,
     s_row, s_head, s_channel, eps,
@@ -165,10 +173,7 @@ def _stream(
     T: tl.constexpr, HB: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """A few tokens of one stream, all heads."""
-    tokens = block * T + tl.arange(0, T)
-    live = tokens < length
-    wide = tokens.to(tl.int64)
-    rows = wide + start if JOINT else wide
+    wide, live, rows = _tokens(block, length, start, JOINT, T)
     d = tl.arange(0, DP)
     if NORM != _NONE and ACROSS:
         mean, inverse = _statistics_across(x_ptr, wide, live, stride, eps, NORM, H, D, T, HB, DP)
@@ -276,10 +281,7 @@ def _stream_back(
     WIDTH: tl.constexpr, TURNED: tl.constexpr, STEP: tl.constexpr,
     T: tl.constexpr, HB: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    tokens = block * T + tl.arange(0, T)
-    live = tokens < length
-    wide = tokens.to(tl.int64)
-    rows = wide + start if JOINT else wide
+    wide, live, rows = _tokens(block, length, start, JOINT, T)
     d = tl.arange(0, DP)
     if NORM != _NONE and ACROSS:
         mean, inverse = _statistics_across(x_ptr, wide, live, stride, eps, NORM, H, D, T, HB, DP)
@@ -407,7 +409,9 @@ def lay(
     cos, sin = table or (None, None)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         ints = [*how.norms, how.across, *how.turns, how.joint, how.width, how.turned, how.step]
-        return lay_op(x, then, *weights, cos, sin, [int(i) for i in ints], list(how.eps))
+        return torch.ops.attnproc.lay(
+            x, then, *weights, cos, sin, [int(i) for i in ints], list(how.eps)
+        )
     return _launch(x, then, how, weights, (cos, sin))
 
 
@@ -419,72 +423,35 @@ def _how(ints: list[int], eps: list[float]) -> Lay:
     )  # fmt: skip
 
 
-@torch.library.custom_op("attnproc::lay", mutates_args=())
-def lay_op(
-    x: Tensor,
-    then: Tensor | None,
-    w0: Tensor | None,
-    b0: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    ints: list[int],
-    eps: list[float],
-) -> Tensor:
-    """`lay` as an operator, for compiled code and gradients."""
-    return _launch(x, then, _how(ints, eps), (w0, b0, w1, b1), (cos, sin))
+_TENSORS = "Tensor? then, Tensor? w0, Tensor? b0, Tensor? w1, Tensor? b1, Tensor? cos, Tensor? sin"
+torch.library.define("attnproc::lay", f"(Tensor x, {_TENSORS}, int[] how, float[] eps) -> Tensor")
+torch.library.define(
+    "attnproc::lay_back",
+    f"(Tensor grad, Tensor x, {_TENSORS}, int[] how, float[] eps) -> Tensor[]",
+)
 
 
-@lay_op.register_fake
-def _(
-    x: Tensor,
-    then: Tensor | None,
-    w0: Tensor | None,
-    b0: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    ints: list[int],
-    eps: list[float],
-) -> Tensor:
+@torch.library.impl("attnproc::lay", "CompositeExplicitAutograd")
+def _(x: Tensor, then: Tensor | None, *rest: Any) -> Tensor:
+    *weights, cos, sin, how, eps = rest
+    return _launch(x, then, _how(how, eps), tuple(weights), (cos, sin))
+
+
+@torch.library.register_fake("attnproc::lay")
+def _(x: Tensor, then: Tensor | None, *rest: Any) -> Tensor:
     more = 0 if then is None else then.shape[1]
     return x.new_empty(x.shape[0], x.shape[1] + more, *x.shape[2:])
 
 
-@torch.library.custom_op("attnproc::lay_back", mutates_args=())
-def _lay_back_op(
-    grad: Tensor,
-    x: Tensor,
-    then: Tensor | None,
-    w0: Tensor | None,
-    b0: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    ints: list[int],
-    eps: list[float],
-) -> list[Tensor]:
-    return _launch_back(grad, x, then, _how(ints, eps), (w0, b0, w1, b1), (cos, sin))
+@torch.library.impl("attnproc::lay_back", "CompositeExplicitAutograd")
+def _(grad: Tensor, x: Tensor, then: Tensor | None, *rest: Any) -> list[Tensor]:
+    *weights, cos, sin, how, eps = rest
+    return _launch_back(grad, x, then, _how(how, eps), tuple(weights), (cos, sin))
 
 
-@_lay_back_op.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    then: Tensor | None,
-    w0: Tensor | None,
-    b0: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    ints: list[int],
-    eps: list[float],
-) -> list[Tensor]:
-    like = (x, then, w0, b0, w1, b1)
+@torch.library.register_fake("attnproc::lay_back")
+def _(grad: Tensor, x: Tensor, then: Tensor | None, *rest: Any) -> list[Tensor]:
+    like = (x, then, *rest[:4])
     return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in like]
 
 
@@ -495,12 +462,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    found = _lay_back_op(grad, *tensors, ctx.ints, ctx.eps)
+    found = torch.ops.attnproc.lay_back(grad, *tensors, ctx.ints, ctx.eps)
     needed = ctx.needs_input_grad[:6]
     return (*(g if need else None for g, need in zip(found, needed, strict=True)), *(None,) * 4)
 
 
-lay_op.register_autograd(_differentiate, setup_context=_keep)
+torch.library.register_autograd("attnproc::lay", _differentiate, setup_context=_keep)
 
 
 def _plain(x: Tensor) -> Tensor:
