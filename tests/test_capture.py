@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import attnproc
 from attnproc.capture import Box, Capture, Maps, capture, components, key_weights, load
 from attnproc.interop import processors
-from attnproc.kernels import AUTO
+from attnproc.kernels import AUTO, SDPA
 from attnproc.kernels.visible import dense_mask
 from attnproc.places import sides
 from attnproc.types import Bias, Keys, Scoring
@@ -228,6 +228,72 @@ def test_one_graph_under_compile() -> None:
     assert all(torch.equal(output, before) for output in inside)
     assert set(maps.calls.values()) == {2}
     torch.testing.assert_close(maps.mean(), plain.mean())
+
+
+WAITING: dict[str, Callable[[int], Scoring]] = {
+    "plain": lambda i: Scoring(),
+    "keys": lambda i: Scoring(mask=Keys(torch.arange(KEYS) < torch.tensor([[5 - i], [7 - i]]))),
+    "bias": lambda i: Scoring(mask=Bias(torch.randn(1, HEADS, QUERIES, KEYS))),
+    "mixed": lambda i: Scoring(scale=0.2 + i // 2, causal=i == 1),
+}
+
+
+@pytest.mark.parametrize("room", [0, 600, 1 << 20])
+@pytest.mark.parametrize("each_step", [False, True])
+@pytest.mark.parametrize("name", WAITING)
+@torch.no_grad()
+def test_calls_that_wait_for_others(
+    name: str, each_step: bool, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several layers and steps, of two shapes, in part with fewer key heads."""
+    monkeypatch.setattr(import_module("attnproc.capture.waiting"), "_CACHED", room)
+    torch.manual_seed(0)
+    maps = Maps({"a": 1, "b": (2, 4)}, (1, 2), each_step=each_step)
+    parts = [Capture(maps, str(i)) for i in range(4)]
+    expected: dict[str, list[Tensor]] = {}
+    for _ in range(3):
+        for i, part in enumerate(parts):
+            key_heads = 2 if i == 3 else HEADS
+            q, scoring = torch.randn(BATCH, HEADS, QUERIES, DIM), WAITING[name](i)
+            k, v = (torch.randn(BATCH, key_heads, KEYS, DIM) for _ in range(2))
+            assert torch.equal(part(AUTO, q, k, v, scoring), AUTO(q, k, v, scoring))
+            weights = plain_weights(q, k, scoring).mean(dim=1)[1:]
+            both = torch.stack((weights[..., 1], weights[..., [2, 4]].sum(dim=-1)), dim=-1)
+            expected.setdefault(str(i), []).append(both)
+
+    assert maps.calls == dict.fromkeys(expected, 3)
+    assert list(maps.taken) == list(expected)
+    for layer, found in expected.items():
+        want = found if each_step else [torch.stack(found).sum(dim=0)]
+        for got, right in zip(maps.taken[layer], want, strict=True):
+            torch.testing.assert_close(got.double(), right, rtol=0, atol=1e-5)
+
+
+def test_nothing_waits_after_the_block_and_modes_do_not_matter() -> None:
+    model = Model()
+    with torch.inference_mode(), capture(model, [1]) as maps:
+        model()
+    with capture(model, [1]) as twice:
+        with torch.inference_mode():
+            model()
+        model()
+
+    assert not maps._waiting.calls
+    torch.testing.assert_close(twice.mean(), maps.mean())
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_the_scores() -> None:
+    q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 300, 8)
+    maps = Maps([0, 3], (0, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for keys in (7, 300):
+            Capture(maps, str(keys))(SDPA, q, k[:, :, :keys], k[:, :, :keys], Scoring())
+        found = maps.sums
+
+    for keys in (7, 300):
+        expected = plain_weights(q, k[:, :, :keys], Scoring()).mean(dim=1)[..., [0, 3]]
+        torch.testing.assert_close(found[str(keys)].double(), expected, rtol=0, atol=1e-5)
 
 
 def test_gradients_are_those_without_capture() -> None:

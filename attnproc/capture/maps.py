@@ -6,16 +6,18 @@ import fnmatch
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..places import Slab, grid_of, sides
-from ..rows import part_rows, rows_from, scoring_of
+from ..rows import part_rows, rows_from, scoring_of, take
 from ..types import Scoring
 from .chosen import Labels, by_label, positions
+from .together import MANY_KEYS
+from .waiting import Waiting, may_wait
 from .weights import linear_weights, weights
 
 __all__ = ["Heads", "Maps"]
@@ -61,13 +63,21 @@ class Maps:
         self.steps = None if steps is None else frozenset(steps)
         self.each_step = each_step
         self.heads: Heads = heads if isinstance(heads, str) else tuple(heads)
-        self.taken: dict[str, list[Tensor]] = {}
+        self._taken: dict[str, list[Tensor]] = {}
+        self._waiting = Waiting()
+        self._chosen: dict[Any, _Chosen] = {}
         self.calls: dict[str, int] = {}
         self.seen: dict[str, int] = {}
 
     def __repr__(self) -> str:
         of = "all keys" if self.keys is None else ", ".join(self.keys)
-        return f"Maps({of}; {len(self.taken)} layers)"
+        return f"Maps({of}; {len(self._taken)} layers)"
+
+    @property
+    def taken(self) -> dict[str, list[Tensor]]:
+        """The weights by layer: their sum over calls, or with `each_step` those of each."""
+        self.settle()
+        return self._taken
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -161,17 +171,68 @@ class Maps:
             lse: Log-sum-exp ``[B, H, Q]`` of the scores, if the kernel gave it.
             linear: Whether it is attention without a softmax.
         """
-        rows = part_rows(self.part, q.shape[0])
-        scoring = scoring_of(scoring, rows, q.shape[0])
-        q, k = rows_from(q.detach(), rows), rows_from(k.detach(), rows)
-        lse = None if lse is None else rows_from(lse.detach(), rows)
-        rooms = sides(cast("Any", self.slab), scoring, q.shape[2], k.shape[2])
-        queries = positions(self._rows, rooms[0], self.aspect, "regions")
-        cols = positions(self._cols, rooms[1], self.aspect, "words")
-        of_q, of_k = (
-            room if groups is None else [i for group in groups for i in group]
-            for groups, room in zip((queries, cols), rooms, strict=True)
-        )
+        q, k, scoring = self._part_of(q, k, scoring)
+        if lse is not None:
+            lse = rows_from(lse.detach(), part_rows(self.part, lse.shape[0]))
+        return self._reduced(q, k, scoring, lse, linear)
+
+    def add(self, layer: str, found: Tensor) -> None:
+        """Adds what `reduced` gave for a call."""
+        if layer in self._waiting:
+            self.settle()
+        self._counted(layer)
+        self._keep([layer], [found])
+
+    def waits(self, layer: str, q: Tensor, k: Tensor, scoring: Scoring) -> bool:
+        """In place of `reduced` and `add`: keeps a call of few keys to work it out with others.
+
+        Returns:
+            Whether it did. The queries and keys that wait are bounded in number.
+        """
+        if k.shape[2] >= MANY_KEYS or not may_wait(scoring):
+            return False
+        q, k, scoring = self._part_of(q, k, scoring)
+        # Wrong positions are told where the call is.
+        self._choice(q.shape[2], k.shape[2], scoring)
+        if not self._waiting.add(layer, q, k, scoring):
+            self.settle()
+            if not self._waiting.add(layer, q, k, scoring):
+                return False
+        self._counted(layer)
+        return True
+
+    def settle(self) -> None:
+        """Works out the calls that wait."""
+        with torch.no_grad():
+            for layers, q, k, scoring in self._waiting.leave():
+                found = self._reduced(q, k, scoring)
+                self._keep(layers, found.split(found.shape[0] // len(layers)))
+
+    def _part_of(self, q: Tensor, k: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Scoring]:
+        """A call's rows that are kept."""
+        rows, batch = part_rows(self.part, q.shape[0]), q.shape[0]
+        if not (scoring.mask is None and scoring.keep is None and not scoring.mods):
+            scoring = scoring_of(scoring, rows, batch)
+        if q.requires_grad or k.requires_grad:
+            q, k = q.detach(), k.detach()
+        if len(rows) < batch:
+            q, k = (t.narrow(0, rows.start, len(rows)) for t in (q, k))
+        return q, k, scoring
+
+    def _reduced(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scoring: Scoring,
+        lse: Tensor | None = None,
+        linear: bool = False,
+    ) -> Tensor:
+        """As `reduced`, of all rows."""
+        if torch.is_autocast_enabled(q.device.type):
+            # It would round the scores.
+            with torch.autocast(q.device.type, enabled=False):
+                return self._reduced(q, k, scoring, lse, linear)
+        queries, cols, of_q, of_k = self._choice(q.shape[2], k.shape[2], scoring)
         parts = (
             linear_weights(q, k, scoring, of_q, of_k)
             if linear
@@ -184,14 +245,43 @@ class Maps:
         groups = found.split([len(group) for group in queries], dim=-2)
         return torch.stack([group.mean(dim=-2) for group in groups], dim=-2)
 
-    def add(self, layer: str, found: Tensor) -> None:
-        """Adds what `reduced` gave for a call."""
-        kept = self.taken.setdefault(layer, [])
-        if self.each_step or not kept:
-            kept.append(found)
-        else:
-            kept[0] = kept[0] + found
+    def _choice(self, queries: int, keys: int, scoring: Scoring) -> _Chosen:
+        """What is chosen of so many queries and keys, worked out once."""
+        if torch.compiler.is_compiling():
+            return self._choose(queries, keys, scoring)
+        kind = queries, keys, scoring.image, scoring.image_keys
+        found = self._chosen.get(kind)
+        if found is None:
+            found = self._chosen[kind] = self._choose(queries, keys, scoring)
+        return found
+
+    def _choose(self, queries: int, keys: int, scoring: Scoring) -> _Chosen:
+        rooms = sides(cast("Any", self.slab), scoring, queries, keys)
+        rows = positions(self._rows, rooms[0], self.aspect, "regions")
+        cols = positions(self._cols, rooms[1], self.aspect, "words")
+        of_q, of_k = (
+            room if groups is None else [i for group in groups for i in group]
+            for groups, room in zip((rows, cols), rooms, strict=True)
+        )
+        return _Chosen(rows, cols, of_q, of_k)
+
+    def _counted(self, layer: str) -> None:
+        self._taken.setdefault(layer, [])
         self.calls[layer] = self.calls.get(layer, 0) + 1
+
+    def _keep(self, layers: Sequence[str], found: Sequence[Tensor]) -> None:
+        """Adds the weights of one call of each layer."""
+        kept = [self._taken[layer] for layer in layers]
+        if not self.each_step and all(kept):
+            sums = torch._foreach_add([sums for (sums,) in kept], found)  # pyright: ignore
+            for old, new in zip(kept, sums, strict=True):
+                old[0] = new
+            return
+        for old, new in zip(kept, found, strict=True):
+            if self.each_step or not old:
+                old.append(new)
+            else:
+                old[0] = old[0] + new
 
     @property
     def _rows(self) -> dict[str, Any] | None:
@@ -215,7 +305,9 @@ class Maps:
         if self.heads == "each":
             # Some columns would keep the memory of all.
             return part.contiguous()
-        return part.mean(dim=1) if self.heads == "mean" else part[:, list(self.heads)].mean(dim=1)
+        if self.heads != "mean":
+            part = take(part, [range(part.shape[1])[head] for head in self.heads], 1)
+        return part.mean(dim=1)
 
     def _planes(self, found: Tensor, head: int | None) -> Tensor:
         """Weights as ``[B, labels, tokens]``."""
@@ -240,9 +332,19 @@ class Maps:
         return found
 
 
+class _Chosen(NamedTuple):
+    """Positions of a call's queries and keys, a group a label, and all of them."""
+
+    rows: list[list[int]] | None
+    cols: list[list[int]] | None
+    of_q: Sequence[int]
+    of_k: Sequence[int]
+
+
 def _joined(found: Tensor, groups: list[list[int]] | None) -> Tensor:
     """Sums over the keys of a label."""
     if groups is None or all(len(group) == 1 for group in groups):
         return found
     parts = found.split([len(group) for group in groups], dim=-1)
-    return torch.stack([part.sum(dim=-1) for part in parts], dim=-1)
+    sums = [part if part.shape[-1] == 1 else part.sum(dim=-1, keepdim=True) for part in parts]
+    return torch.cat(sums, dim=-1)

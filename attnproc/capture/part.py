@@ -36,18 +36,22 @@ class Capture(Recorder):
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
+        maps, linear = self.maps, _innermost(kernel).linear
         compiling = torch.compiler.is_compiling()
-        if not compiling and not self.maps.wants(self.layer):
-            return kernel(q, k, v, scoring)
+        if not compiling:
+            if not maps.wants(self.layer):
+                return kernel(q, k, v, scoring)
+            if not linear and maps.waits(self.layer, q, k, scoring):
+                return kernel(q, k, v, scoring)
+
         o, lse = attended(kernel, q, k, v, scoring)
         with torch.no_grad():
-            linear = _innermost(kernel).linear
-            found = self.maps.reduced(q, k, scoring, lse, linear)
+            found = maps.reduced(q, k, scoring, lse, linear)
         if compiling:
             # The graph stays the same at all steps: it computes what may not be wanted.
             record(self.ticket, found)
         else:
-            self.maps.add(self.layer, found)
+            maps.add(self.layer, found)
         return o
 
     def take(self, found: Tensor) -> None:

@@ -12,10 +12,10 @@ from ..kernels.lse import gives_lse, with_lse
 from ..kernels.tuned import is_tuned
 from ..types import KernelCall, Scoring
 
-__all__ = ["attended"]
+__all__ = ["MANY_KEYS", "attended"]
 
-# Below, the scores of all keys cost less than what is looked up here.
-_KEYS = 256
+MANY_KEYS = 256
+"""Below, the scores of all keys cost less than what is looked up here."""
 
 
 def attended(
@@ -25,7 +25,7 @@ def attended(
 
     The latter is None where the implementation that torch takes does not give it.
     """
-    if _is_torch(kernel, q) and k.shape[2] >= _KEYS and gives_lse(q, k, v, scoring):
+    if _is_torch(kernel, q) and k.shape[2] >= MANY_KEYS and gives_lse(q, k, v, scoring):
         found = with_lse(q, k, v, scoring)
         if found is not None:
             return found

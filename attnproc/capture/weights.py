@@ -15,7 +15,7 @@ from ..masks import factors
 from ..rows import take
 from ..types import Scoring
 
-__all__ = ["key_weights", "linear_weights", "weights"]
+__all__ = ["at_once", "key_weights", "linear_weights", "weights"]
 
 # Scores held at a time, over batch, heads, queries of a chunk and keys. On other devices than a
 # CPU the memory is there, and each chunk is several launches.
@@ -23,7 +23,8 @@ _CHUNK = 1 << 22
 _FURTHER = 1 << 24
 
 
-def _chunk(q: Tensor) -> int:
+def at_once(q: Tensor) -> int:
+    """How many scores are held at a time on the device of `q`."""
     return _CHUNK if q.device.type == "cpu" else _FURTHER
 
 
@@ -57,7 +58,7 @@ def weights(
     k = (take(expand_heads(k, q), held, 2).to(wide) * factor(q, scoring)).transpose(-1, -2)
     masked = not only_causal(scoring)
 
-    step = max(1, _chunk(q) // (batch * heads * len(held)))
+    step = max(1, at_once(q) // (batch * heads * len(held)))
     for first in range(0, len(rows), step):
         some = rows[first : first + step]
         scores = take(q, some, 2).to(wide) @ k
@@ -90,7 +91,7 @@ def linear_weights(
     k = k if mask is None else k * mask.transpose(-1, -2)
     total, some = k.sum(dim=2, keepdim=True), take(k, cols, 2)
 
-    step = max(1, _chunk(q) // (q.shape[0] * q.shape[1] * len(cols)))
+    step = max(1, at_once(q) // (q.shape[0] * q.shape[1] * len(cols)))
     for first in range(0, len(rows), step):
         part = F.relu(take(q, rows[first : first + step], 2)).to(wide)
         norm = (part * total).sum(dim=-1, keepdim=True) + scoring.eps
@@ -113,9 +114,16 @@ def _mask(
     if mask is not None:
         mask = take(mask, cols, 3)
         mask = mask if mask.shape[2] == 1 else take(mask, rows, 2)
-    span = slice(min(rows), max(rows) + 1), slice(min(cols), max(cols) + 1)
-    seen = structure(scoring, *span, q.shape[0], q.shape[1], q.device)
+    (of_rows, some_rows), (of_cols, some_cols) = _span(rows), _span(cols)
+    seen = structure(scoring, of_rows, of_cols, q.shape[0], q.shape[1], q.device)
     if seen is not None:
-        seen = take(seen, [i - span[0].start for i in rows], 2)
-        seen = take(seen, [j - span[1].start for j in cols], 3)
+        seen = take(take(seen, some_rows, 2), some_cols, 3)
     return merged(mask, seen)
+
+
+def _span(at: Sequence[int]) -> tuple[slice, Sequence[int]]:
+    """What the positions lie within, and they counted from its start."""
+    if isinstance(at, range) and at.step == 1:
+        return slice(at.start, at.stop), range(len(at))
+    first = min(at)
+    return slice(first, max(at) + 1), [i - first for i in at]
