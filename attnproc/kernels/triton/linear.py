@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["linear_attention", "linear_op"]
+__all__ = ["linear_attention"]
 
 # Tokens of a tile, those that a program of the applying passes walks over, and the least for one
 # of the summing passes.
@@ -31,15 +31,26 @@ def _rows(ptr, tokens, live, d, stride, D: tl.constexpr):
 
 
 @triton.jit
+def _head(ptr, row, heads, batch_stride, head_stride):
+    """Where the tokens of a program's head begin."""
+    return ptr + (row // heads) * batch_stride + (row % heads) * head_stride
+
+
+@triton.jit
+def _whole_head(ptr, row, heads, length, D: tl.constexpr):
+    """The same of a contiguous ``[B, S, H, D]``."""
+    return ptr + ((row // heads) * length * heads + row % heads) * D
+
+
+@triton.jit
 def _sums(
     k, v, state, total, length, heads, k_batch, k_head, k_token, v_batch, v_head, v_token,
     D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Part of ``relu(k)^T v`` ``[D, D]`` and of ``relu(k)`` ``[D]``: some tokens of one head."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = row // heads, row % heads
-    k = k + batch * k_batch + head * k_head
-    v = v + batch * v_batch + head * v_head
+    k = _head(k, row, heads, k_batch, k_head)
+    v = _head(v, row, heads, v_batch, v_head)
     d = tl.arange(0, DP)
     products = tl.zeros((DP, DP), tl.float32)
     sums = tl.zeros((DP,), tl.float32)
@@ -79,11 +90,10 @@ def _apply(
 ):  # fmt: skip
     """Outputs of some tokens of one head."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = row // heads, row % heads
     d = tl.arange(0, DP)
     whole, sums = _summed(state, total, row, tl.num_programs(0), d, D, DP, PARTS)
-    q = q + batch * q_batch + head * q_head
-    o = o + (batch * length * heads + head) * D
+    q = _head(q, row, heads, q_batch, q_head)
+    o = _whole_head(o, row, heads, length, D)
     for first in range(0, WALK, T):
         tokens = (part * WALK + first + tl.arange(0, T)).to(tl.int64)
         live = tokens < length
@@ -103,13 +113,12 @@ def _back_queries(
 ):  # fmt: skip
     """Gradients of some queries of one head, and their part of the sums' gradients."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = row // heads, row % heads
     d = tl.arange(0, DP)
     whole, sums = _summed(state, total, row, tl.num_programs(0), d, D, DP, PARTS)
-    g = g + batch * g_batch + head * g_head
-    q = q + batch * q_batch + head * q_head
-    o = o + batch * o_batch + head * o_head
-    dq = dq + (batch * length * heads + head) * D
+    g = _head(g, row, heads, g_batch, g_head)
+    q = _head(q, row, heads, q_batch, q_head)
+    o = _head(o, row, heads, o_batch, o_head)
+    dq = _whole_head(dq, row, heads, length, D)
     products = tl.zeros((DP, DP), tl.float32)
     shares = tl.zeros((DP,), tl.float32)
     for first in range(0, WALK, T):
@@ -143,13 +152,12 @@ def _back_keys(
 ):  # fmt: skip
     """Gradients of some keys and values of one head."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = row // heads, row % heads
     d = tl.arange(0, DP)
     whole, sums = _summed(d_state, d_total, row, tl.num_programs(0), d, D, DP, PARTS)
-    k = k + batch * k_batch + head * k_head
-    v = v + batch * v_batch + head * v_head
-    dk = dk + (batch * length * heads + head) * D
-    dv = dv + (batch * length * heads + head) * D
+    k = _head(k, row, heads, k_batch, k_head)
+    v = _head(v, row, heads, v_batch, v_head)
+    dk = _whole_head(dk, row, heads, length, D)
+    dv = _whole_head(dv, row, heads, length, D)
     for first in range(0, WALK, T):
         tokens = (part * WALK + first + tl.arange(0, T)).to(tl.int64)
         live = tokens < length
@@ -177,17 +185,24 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
         ``[B, H, Q, D]``, a view of a contiguous ``[B, Q, H, D]``.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return linear_op(q, k, v, eps)[0].transpose(1, 2)
+        return torch.ops.attnproc.relu_linear(q, k, v, eps)[0].transpose(1, 2)
     return _forward(q, k, v, eps)[0].transpose(1, 2)
 
 
-@torch.library.custom_op("attnproc::relu_linear", mutates_args=())
-def linear_op(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
-    """`linear_attention` ``[B, Q, H, D]`` as an operator, with the sums that gradients need."""
+_QKV = "Tensor q, Tensor k, Tensor v"
+_SAVED = "Tensor o, Tensor state, Tensor total"
+torch.library.define("attnproc::relu_linear", f"({_QKV}, float eps) -> Tensor[]")
+torch.library.define(
+    "attnproc::relu_linear_back", f"(Tensor grad, {_QKV}, {_SAVED}, float eps) -> Tensor[]"
+)
+
+
+@torch.library.impl("attnproc::relu_linear", "CompositeExplicitAutograd")
+def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
     return _forward(q, k, v, eps)
 
 
-@linear_op.register_fake
+@torch.library.register_fake("attnproc::relu_linear")
 def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
     batch, heads, queries, dim = q.shape
     _, parts = _split(k.shape[2])
@@ -196,33 +211,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
     return [o, state, state.new_empty(parts, batch * heads, dim)]
 
 
-@torch.library.custom_op("attnproc::relu_linear_back", mutates_args=())
-def _back_op(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    state: Tensor,
-    total: Tensor,
-    eps: float,
-) -> list[Tensor]:
-    return _backward(grad, q, k, v, o, state, total, eps)
+@torch.library.impl("attnproc::relu_linear_back", "CompositeExplicitAutograd")
+def _(grad: Tensor, *rest: Any) -> list[Tensor]:
+    return _backward(grad, *rest)
 
 
-@_back_op.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    state: Tensor,
-    total: Tensor,
-    eps: float,
-) -> list[Tensor]:
-    shapes = [(t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in (q, k, v)]
-    return [t.new_empty(shape) for t, shape in zip((q, k, v), shapes, strict=True)]
+@torch.library.register_fake("attnproc::relu_linear_back")
+def _(grad: Tensor, *rest: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in rest[:3]]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -232,11 +228,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     q, k, v, o, state, total = ctx.saved_tensors
-    found = _back_op(grads[0], q, k, v, o, state, total, ctx.eps)
+    found = torch.ops.attnproc.relu_linear_back(grads[0], q, k, v, o, state, total, ctx.eps)
     return (*(g.transpose(1, 2) for g in found), None)
 
 
-linear_op.register_autograd(_differentiate, setup_context=_keep)
+torch.library.register_autograd("attnproc::relu_linear", _differentiate, setup_context=_keep)
 
 
 def _plain(x: Tensor) -> Tensor:
