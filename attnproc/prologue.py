@@ -59,9 +59,9 @@ def laid(
         tables: The tables for queries and for keys; None for what is not rotated.
     """
     image = streams.image
-    if rotary is None and streams.text is None and norms.image == (None, None):
-        if image.v is None or image.q.dtype == image.k.dtype == image.v.dtype:
-            return image
+    idle = rotary is None and streams.text is None and norms.image == (None, None)
+    if idle and (image.v is None or image.q.dtype == image.k.dtype == image.v.dtype):
+        return image
     both = fused(streams, norms, text_first, rotary, tables)
     if both is None:
         norm_streams(norms, streams)
