@@ -470,8 +470,8 @@ def test_every_class_is_captured_in_one_graph(case: Any) -> None:
 
     for out in found.values():
         # Rotary embedding rounds otherwise where it may change its result in place.
-    for mine, other in zip(out, plain, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+        for mine, other in zip(out, plain, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
     assert maps.calls == eager.calls
     for layer, expected in eager.sums.items():
         torch.testing.assert_close(maps.sums[layer], expected, rtol=0, atol=1e-6)
