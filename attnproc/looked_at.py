@@ -57,11 +57,14 @@ def hides_nothing(mask: Tensor) -> bool:
     """Whether a mask of what may be attended to is true, or not zero, all over."""
     if torch.compiler.is_compiling() or type(mask) is not Tensor:
         return False
+    if mask.is_inference():
+        # It has no version that would tell of a change.
+        return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     if _TORCH._C._are_functorch_transforms_active():
         return False
-    version, known = _version(mask), _WHOLE.get(mask)
+    version, known = mask._version, _WHOLE.get(mask)
     if known is None or known[0] != version:
         known = _WHOLE[mask] = version, bool(mask.all())
     return known[1]

@@ -166,3 +166,19 @@ def test_mochi_takes_keys_of_the_text() -> None:
     torch.testing.assert_close(
         attn(image, text, attention_mask=Keys(valid)), attn(image, text, attention_mask=valid)
     )
+
+
+def attended(attn: attnproc.Attention, mask: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return attnproc.AttnProcessor2_0()(attn, torch.randn(1, 6, 16), attention_mask=mask)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_that_comes_to_hide_something_is_honoured(mode: type) -> None:
+    attn = attnproc.Attention(query_dim=16, heads=2, dim_head=8)
+    with mode():
+        mask = torch.ones(1, 6, dtype=torch.bool)
+        whole = attended(attn, mask)
+        mask[:, 4:] = False
+        torch.testing.assert_close(attended(attn, mask), attended(attn, mask.clone()))
+        assert not torch.allclose(attended(attn, mask), whole)
