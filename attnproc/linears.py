@@ -105,9 +105,8 @@ def dropout(at: Site, x: Tensor) -> Tensor:
         layers = getattr(at.proc, "to_out_custom_diffusion", layers)
     drop: Any = layers._modules.get("1")
     # Looked at before it is called, since most have nothing to drop.
-    if drop is None or (type(drop) is nn.Dropout and not (drop.training and drop.p)):
-        return x if drop is None or not _is_watched(drop) else drop(x)
-    return drop(x)
+    idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not _is_watched(drop)
+    return x if drop is None or idle else drop(x)
 
 
 class LoRALinear(nn.Module):

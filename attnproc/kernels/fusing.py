@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
-from .takes import constant
+from .takes import missing
 
 __all__ = ["fusable", "use_fused"]
 
@@ -35,15 +33,4 @@ def fusable(x: Tensor) -> bool:
     """Whether a tensor is of a kind that the kernels take, and they are wanted and there."""
     if not (x.is_cuda or _INTERPRETED):
         return False
-    return _wanted and x.dtype in _DTYPES and _has_triton()
-
-
-# Compiled code takes the answer of a plain function alone as a constant.
-@constant
-def _has_triton() -> bool:
-    return _found("triton")
-
-
-@functools.cache
-def _found(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    return _wanted and x.dtype in _DTYPES and not missing("triton", "")

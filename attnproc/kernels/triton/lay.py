@@ -8,7 +8,6 @@ float32 in between and one rounding at the end.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -524,11 +523,12 @@ def _launch(
     o = x.new_empty(batch, length + more, heads, dim)
     if o.numel():
         tokens = fixed["T"]
-        _run(_forward, x, (-(-length // tokens) + -(-more // tokens), batch))(
-            x, then, o, w0, b0, w1, b1, cos, sin, length, more, x.stride(0), x.stride(1),
-            0 if then is None else then.stride(0), 0 if then is None else then.stride(1),
-            *strides, *how.eps, **fixed,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _forward[-(-length // tokens) + -(-more // tokens), batch](
+                x, then, o, w0, b0, w1, b1, cos, sin, length, more, x.stride(0), x.stride(1),
+                0 if then is None else then.stride(0), 0 if then is None else then.stride(1),
+                *strides, *how.eps, **fixed,
+            )  # fmt: skip
     return o
 
 
@@ -556,12 +556,13 @@ def _launch_back(
     ]
     dw0, db0, dw1, db1 = parts
     if grad.numel():
-        _run(_backward, x, (sum(blocks), batch))(
-            grad, x, then, dx, dthen, w0, dw0, db0, w1, dw1, db1, cos, sin, length, more,
-            grad.stride(0), grad.stride(1), grad.stride(2), x.stride(0), x.stride(1),
-            0 if then is None else then.stride(0), 0 if then is None else then.stride(1),
-            *strides, *how.eps, **fixed,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _backward[sum(blocks), batch](
+                grad, x, then, dx, dthen, w0, dw0, db0, w1, dw1, db1, cos, sin, length, more,
+                grad.stride(0), grad.stride(1), grad.stride(2), x.stride(0), x.stride(1),
+                0 if then is None else then.stride(0), 0 if then is None else then.stride(1),
+                *strides, *how.eps, **fixed,
+            )  # fmt: skip
     sums = [
         x.new_empty(0) if part is None or w is None else part.sum(0).view_as(w).to(w.dtype)
         for part, w in zip(parts, weights, strict=True)
@@ -572,15 +573,3 @@ def _launch_back(
 def _zeros(w: Tensor, programs: int, how: Lay, heads: int, dim: int) -> Tensor:
     """Room for what each program adds to the gradient of a weight."""
     return w.new_zeros(programs, heads * dim if how.across else dim, dtype=torch.float32)
-
-
-def _run(kernel: Any, x: Tensor, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """The launch of a kernel on the device of `x`."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-
-        def run(*args: Any, **fixed: Any) -> None:
-            with torch.cuda.device(x.device):
-                kernel[grid](*args, **fixed)
-
-        return run
-    return kernel[grid]

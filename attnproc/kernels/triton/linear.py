@@ -249,10 +249,6 @@ def _tile(dim: int) -> dict[str, int]:
     return {"D": dim, "DP": max(16, triton.next_power_of_2(dim)), "T": _TILE}
 
 
-def _on(x: Tensor) -> Any:
-    return torch.cuda.device_of(x)
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
     q, k, v = _plain(q), _plain(k), _plain(v)
     batch, heads, queries, dim = q.shape
@@ -263,7 +259,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
     o = q.new_empty(batch, queries, heads, dim)
     if not o.numel():
         return [o, state, total]
-    with _on(q):
+    with torch.cuda.device_of(q):
         _sums[rows, parts](
             k, v, state, total, keys, heads, *k.stride()[:3], *v.stride()[:3],
             WALK=walk, **_tile(dim),
@@ -295,7 +291,7 @@ def _backward(
     d_total = state.new_empty(parts, rows, dim)
     if not q.numel():
         return [dq, dk.zero_(), dv.zero_()]
-    with _on(q):
+    with torch.cuda.device_of(q):
         _back_queries[rows, parts](
             grad, q, o, state, total, dq, d_state, d_total, queries, heads, eps,
             *grad.stride()[:3], *q.stride()[:3], *o.stride()[:3],
