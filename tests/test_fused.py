@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,21 @@ def test_the_interpreted_kernels_equal_the_composed_parts() -> None:
     assert found.returncode == 0, found.stdout[-4000:]
 
 
-def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> Any:
+def compiled(
+    launcher: Any, fixed: tuple[Any, ...], types: dict[str, str], absent: Sequence[str] = ()
+) -> Any:
     """The kernel's binary for an H100, made here."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel = launcher.kernel
     names = kernel.arg_names
-    fixed = {name: constants.get(name) for name in names if name in constants}
-    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
-    return compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+    # Arguments of compilation are the last ones.
+    constants = dict(zip(names[-len(fixed) :], fixed, strict=True)) | dict.fromkeys(absent)
+    constants = {name: constants[name] for name in names if name in constants}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    return compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
 
 
 TURNS = {
@@ -66,15 +72,14 @@ def test_the_prologue_compiles_for_a_gpu(direction: str, norm: int, turn: str) -
     first, second, joint, width, turned, step = TURNS[turn]
     across = norm in (1, 2) and turn == "pairs, joint"
     how = lay.Lay((norm, norm), (0, 0), across, (first, second), joint, width, turned, step)
-    constants: dict[str, Any] = dict(lay._fixed(how, 24, 128, step == 2))
+    fixed = lay._fixed(how, 24, 128, step == 2)
     types = {"eps0": "fp32", "eps1": "fp32"}
     types |= dict.fromkeys(("x0", "x1", "o", "g", "dx0", "dx1", "w0", "w1", "b0", "b1"), "*bf16")
     types |= dict.fromkeys(("cos", "sin", "dw0", "dw1", "db0", "db1"), "*fp32")
     absent = [] if norm in (1, 2) else ["w0", "w1", "dw0", "dw1"]
     absent += [] if norm == 2 else ["b0", "b1", "db0", "db1"]
     absent += [] if first else ["cos", "sin"]
-    constants |= dict.fromkeys(absent)
-    assert compiled(getattr(lay, direction), constants, types).asm["cubin"]
+    assert compiled(getattr(lay, direction), fixed, types, absent).asm["cubin"]
 
 
 @pytest.mark.parametrize("name", ["_sums", "_apply", "_back_queries", "_back_keys"])
@@ -82,8 +87,8 @@ def test_the_prologue_compiles_for_a_gpu(direction: str, norm: int, turn: str) -
 def test_linear_attention_compiles_for_a_gpu(name: str, dtype: str) -> None:
     from attnproc.kernels.triton import linear
 
-    constants = {**linear._tile(32), "WALK": 256, "PARTS": 2}
+    fixed = (*linear._tile(32), 256) if name == "_sums" else (*linear._tile(32), 256, 2)
     types = {"eps": "fp32"}
     types |= dict.fromkeys(("q", "k", "v", "o", "g", "dq", "dk", "dv"), f"*{dtype}")
     types |= dict.fromkeys(("state", "total", "d_state", "d_total"), "*fp32")
-    assert compiled(getattr(linear, name), constants, types).asm["cubin"]
+    assert compiled(getattr(linear, name), fixed, types).asm["cubin"]

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launcher
+
 __all__ = ["KINDS", "Lay", "lay"]
 
 KINDS = ("none", "rms", "layer", "l2")
@@ -211,6 +213,7 @@ def _stream(
         tl.store(o_ptr + places, y.to(o_ptr.dtype.element_ty), mask=inside)
 
 
+@Launcher
 @triton.jit
 def _forward(
     x0, x1, o, w0, b0, w1, b1, cos, sin,
@@ -350,6 +353,7 @@ def _stream_back(
             tl.store(db_ptr + d, db, mask=d < D)
 
 
+@Launcher
 @triton.jit
 def _backward(
     g, x0, x1, dx0, dx1, w0, dw0, db0, w1, dw1, db1, cos, sin,
@@ -469,43 +473,39 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("attnproc::lay", _differentiate, setup_context=_keep)
 
 
-def _plain(x: Tensor) -> Tensor:
-    """`x` ``[B, S, H, D]`` with each token's heads in one piece."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
-
-
 @functools.lru_cache(maxsize=1024)
-def _fixed(how: Lay, heads: int, dim: int, per_head: bool) -> dict[str, Any]:
+def _fixed(how: Lay, heads: int, dim: int, per_head: bool) -> tuple[Any, ...]:
     """Arguments of compilation: what is done, and the tile's tokens, heads and channels."""
     width = max(16, 1 << (dim - 1).bit_length())
     most = 1 << (heads - 1).bit_length()
-    tokens = 1 if how.across else _TOKENS
+    tokens = _tokens_of(how)
     at_once = max(1, min(most, _HELD // (width * tokens)))
-    return {
-        "H": heads, "D": dim, "NORM0": how.norms[0], "NORM1": how.norms[1],
-        "ACROSS": how.across, "TURN0": how.turns[0], "TURN1": how.turns[1], "JOINT": how.joint,
-        "PER_HEAD": per_head, "WIDTH": how.width, "TURNED": how.turned, "STEP": how.step,
-        "T": tokens, "HB": at_once, "DP": width,
-    }  # fmt: skip
+    return (
+        heads, dim, *how.norms, how.across, *how.turns, how.joint, per_head,
+        how.width, how.turned, how.step, tokens, at_once, width,
+    )  # fmt: skip
 
 
-def _common(
-    x: Tensor, how: Lay, table: tuple[Tensor | None, Tensor | None]
-) -> tuple[dict[str, Any], Tensor | None, Tensor | None, tuple[int, int, int, int]]:
-    """Arguments of compilation, the table on the right device, and its strides."""
-    heads, dim = x.shape[2:]
+def _tokens_of(how: Lay) -> int:
+    """How many tokens a program has."""
+    return 1 if how.across else _TOKENS
+
+
+_NO_TABLE = (None, None, 0, 0, 0, 0)
+
+
+def _angles(x: Tensor, table: tuple[Tensor | None, Tensor | None]) -> tuple[Any, ...]:
+    """The table on the device of `x`, and its four strides."""
     cos, sin = table
     if cos is None or sin is None:
-        return _fixed(how, heads, dim, False), None, None, (0, 0, 0, 0)
+        return _NO_TABLE
     if cos.device != x.device:
         cos, sin = cos.to(x.device), sin.to(x.device)
     strides = cos.stride()
     if strides != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
         strides = cos.stride()
-    if cos.shape[0] == 1:
-        strides = (0, *strides[1:])
-    return _fixed(how, heads, dim, cos.shape[2] > 1), cos, sin, strides
+    return (cos, sin, *strides) if cos.shape[0] > 1 else (cos, sin, 0, *strides[1:])
 
 
 def _launch(
@@ -516,19 +516,19 @@ def _launch(
     table: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     batch, length, heads, dim = x.shape
+    cos, sin, *steps = _angles(x, table)
+    x, row, stride = _plain(x)
+    then, row1, stride1 = (None, 0, 0) if then is None else _plain(then)
     more = 0 if then is None else then.shape[1]
-    fixed, cos, sin, strides = _common(x, how, table)
-    x, then = _plain(x), None if then is None else _plain(then)
-    w0, b0, w1, b1 = weights
-    o = x.new_empty(batch, length + more, heads, dim)
-    if o.numel():
-        tokens = fixed["T"]
-        with torch.cuda.device_of(x):
-            _forward[-(-length // tokens) + -(-more // tokens), batch](
-                x, then, o, w0, b0, w1, b1, cos, sin, length, more, x.stride(0), x.stride(1),
-                0 if then is None else then.stride(0), 0 if then is None else then.stride(1),
-                *strides, *how.eps, **fixed,
-            )  # fmt: skip
+    o = torch.empty((batch, length + more, heads, dim), dtype=x.dtype, device=x.device)
+    if batch * (length + more):
+        tokens = _tokens_of(how)
+        _forward(
+            (-(-length // tokens) + -(-more // tokens), batch),
+            (x, then, o, *weights, cos, sin),
+            (length, more, row, stride, row1, stride1, *steps, *how.eps),
+            _fixed(how, heads, dim, cos is not None and cos.shape[2] > 1),
+        )
     return o
 
 
@@ -541,33 +541,41 @@ def _launch_back(
     table: tuple[Tensor | None, Tensor | None],
 ) -> list[Tensor]:
     batch, length, heads, dim = x.shape
+    cos, sin, *steps = _angles(x, table)
+    x, row, stride = _plain(x)
+    then, row1, stride1 = (None, 0, 0) if then is None else _plain(then)
     more = 0 if then is None else then.shape[1]
-    fixed, cos, sin, strides = _common(x, how, table)
-    x, then = _plain(x), None if then is None else _plain(then)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    w0, b0, w1, b1 = weights
-    tokens = fixed["T"]
+    tokens = _tokens_of(how)
     blocks = (-(-length // tokens), -(-more // tokens))
     dx = x.new_empty(x.shape)
     dthen = None if then is None else then.new_empty(then.shape)
-    parts = [
+    w0, b0, w1, b1 = weights
+    dw0, db0, dw1, db1 = parts = [
         None if w is None else _zeros(w, batch * blocks[stream], how, heads, dim)
         for w, stream in ((w0, 0), (b0, 0), (w1, 1), (b1, 1))
     ]
-    dw0, db0, dw1, db1 = parts
     if grad.numel():
-        with torch.cuda.device_of(x):
-            _backward[sum(blocks), batch](
-                grad, x, then, dx, dthen, w0, dw0, db0, w1, dw1, db1, cos, sin, length, more,
-                grad.stride(0), grad.stride(1), grad.stride(2), x.stride(0), x.stride(1),
-                0 if then is None else then.stride(0), 0 if then is None else then.stride(1),
-                *strides, *how.eps, **fixed,
-            )  # fmt: skip
+        _backward(
+            (sum(blocks), batch),
+            (grad, x, then, dx, dthen, w0, dw0, db0, w1, dw1, db1, cos, sin),
+            (length, more, *grad.stride()[:3], row, stride, row1, stride1, *steps, *how.eps),
+            _fixed(how, heads, dim, cos is not None and cos.shape[2] > 1),
+        )
     sums = [
         x.new_empty(0) if part is None or w is None else part.sum(0).view_as(w).to(w.dtype)
         for part, w in zip(parts, weights, strict=True)
     ]
     return [dx, x.new_empty(0) if dthen is None else dthen, *sums]
+
+
+def _plain(x: Tensor) -> tuple[Tensor, int, int]:
+    """`x` ``[B, S, H, D]`` with each token's heads in one piece, and its strides to it."""
+    row, token, head, one = x.stride()
+    if one == 1 and head == x.shape[3]:
+        return x, row, token
+    x = x.contiguous()
+    return x, *x.stride()[:2]
 
 
 def _zeros(w: Tensor, programs: int, how: Lay, heads: int, dim: int) -> Tensor:

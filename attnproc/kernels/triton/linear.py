@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launcher
+
 __all__ = ["linear_attention"]
 
 # Tokens of a tile, those that a program of the applying passes walks over, and the least for one
@@ -42,6 +44,7 @@ def _whole_head(ptr, row, heads, length, D: tl.constexpr):
     return ptr + ((row // heads) * length * heads + row % heads) * D
 
 
+@Launcher
 @triton.jit
 def _sums(
     k, v, state, total, length, heads, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -83,6 +86,7 @@ def _summed(
     return whole, sums
 
 
+@Launcher
 @triton.jit
 def _apply(
     q, state, total, o, length, heads, eps, q_batch, q_head, q_token,
@@ -105,6 +109,7 @@ def _apply(
         tl.store(o + places, found.to(o.dtype.element_ty), mask=inside)
 
 
+@Launcher
 @triton.jit
 def _back_queries(
     g, q, o, state, total, dq, d_state, d_total, length, heads, eps,
@@ -144,6 +149,7 @@ def _back_queries(
     tl.store(d_total + at + d, shares, mask=d < D)
 
 
+@Launcher
 @triton.jit
 def _back_keys(
     k, v, d_state, d_total, dk, dv, length, heads,
@@ -245,8 +251,9 @@ def _split(tokens: int) -> tuple[int, int]:
     return walk, -(-tokens // walk)
 
 
-def _tile(dim: int) -> dict[str, int]:
-    return {"D": dim, "DP": max(16, triton.next_power_of_2(dim)), "T": _TILE}
+def _tile(dim: int) -> tuple[int, int, int]:
+    """Channels, their power of two, and the tokens of a tile."""
+    return dim, max(16, 1 << (dim - 1).bit_length()), _TILE
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
@@ -259,15 +266,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
     o = q.new_empty(batch, queries, heads, dim)
     if not o.numel():
         return [o, state, total]
-    with torch.cuda.device_of(q):
-        _sums[rows, parts](
-            k, v, state, total, keys, heads, *k.stride()[:3], *v.stride()[:3],
-            WALK=walk, **_tile(dim),
-        )  # fmt: skip
-        _apply[rows, -(-queries // _STEP)](
-            q, state, total, o, queries, heads, eps, *q.stride()[:3],
-            WALK=_STEP, PARTS=parts, **_tile(dim),
-        )  # fmt: skip
+    tile = _tile(dim)
+    _sums(
+        (rows, parts),
+        (k, v, state, total),
+        (keys, heads, *k.stride()[:3], *v.stride()[:3]),
+        (*tile, walk),
+    )
+    _apply(
+        (rows, -(-queries // _STEP)),
+        (q, state, total, o),
+        (queries, heads, eps, *q.stride()[:3]),
+        (*tile, _STEP, parts),
+    )
     return [o, state, total]
 
 
@@ -291,14 +302,17 @@ def _backward(
     d_total = state.new_empty(parts, rows, dim)
     if not q.numel():
         return [dq, dk.zero_(), dv.zero_()]
-    with torch.cuda.device_of(q):
-        _back_queries[rows, parts](
-            grad, q, o, state, total, dq, d_state, d_total, queries, heads, eps,
-            *grad.stride()[:3], *q.stride()[:3], *o.stride()[:3],
-            WALK=walk, PARTS=state.shape[0], **_tile(dim),
-        )  # fmt: skip
-        _back_keys[rows, -(-keys // _STEP)](
-            k, v, d_state, d_total, dk, dv, keys, heads, *k.stride()[:3], *v.stride()[:3],
-            WALK=_STEP, PARTS=parts, **_tile(dim),
-        )  # fmt: skip
+    tile = _tile(dim)
+    _back_queries(
+        (rows, parts),
+        (grad, q, o, state, total, dq, d_state, d_total),
+        (queries, heads, eps, *grad.stride()[:3], *q.stride()[:3], *o.stride()[:3]),
+        (*tile, walk, state.shape[0]),
+    )
+    _back_keys(
+        (rows, -(-keys // _STEP)),
+        (k, v, d_state, d_total, dk, dv),
+        (keys, heads, *k.stride()[:3], *v.stride()[:3]),
+        (*tile, _STEP, parts),
+    )
     return [dq, dk, dv]
