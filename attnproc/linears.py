@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module
@@ -47,6 +48,9 @@ PROJECTIONS = (
 
 _NO_MODULES: dict[str, Any] = {}
 
+# Above so many launches, or below so many tokens, a copy takes less time.
+_ROWS, _TOKENS = 4, 512
+
 
 def linear(at: Site, name: str, x: Tensor, y: Any = None) -> Tensor:
     """The projection `name` of `x` ``[B, S, C]``, or of its packed product `y`, with adapters."""
@@ -75,8 +79,33 @@ def called(layer: Any, x: Tensor) -> Tensor:
     """
     if layer.__class__ is nn.Linear and not _is_watched(layer):
         held = layer._parameters
-        return F.linear(x, held["weight"], held["bias"])
+        return _product(x, held["weight"], held["bias"])
     return layer(x)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``, of tokens that stand apart (a stream of a joint sequence) too.
+
+    Those torch would copy together, and add the bias in a pass of its own.
+    """
+    if x.ndim != 3 or x.is_contiguous() or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if not _goes_by_rows(x, weight):
+        return F.linear(x.contiguous(), weight, bias)
+    out = x.new_empty(*x.shape[:2], weight.shape[0])
+    for one, into in zip(x, out, strict=True):
+        if bias is None:
+            torch.mm(one, weight.t(), out=into)
+        else:
+            torch.addmm(bias, one, weight.t(), out=into)
+    return out
+
+
+def _goes_by_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product for each row of the batch takes less time than a copy of the input."""
+    plain = x.__class__ is Tensor and weight.__class__ is nn.Parameter and x.dtype == weight.dtype
+    long = x.is_cuda and x.stride(2) == 1 and x.shape[0] <= _ROWS and x.shape[1] >= _TOKENS
+    return plain and long and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
 
 
 # Hooks of all modules are variables of this one.

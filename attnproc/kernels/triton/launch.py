@@ -1,8 +1,8 @@
 """Launches of Triton kernels without Triton's own look at every argument.
 
 That look costs the CPU as much as several launches of torch's kernels. It says how a kernel is
-compiled, which only depends on dtypes, on whole numbers and on whether pointers are multiples of 16
-bytes, so what it found serves every later launch with the same.
+compiled, which depends on dtypes, on whole numbers and on whether pointers are multiples of 16
+bytes alone, so what it found serves every later launch with the same.
 """
 
 from __future__ import annotations
