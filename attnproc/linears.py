@@ -79,7 +79,10 @@ def called(layer: Any, x: Tensor) -> Tensor:
     """
     if layer.__class__ is nn.Linear and not _is_watched(layer):
         held = layer._parameters
-        return _product(x, held["weight"], held["bias"])
+        weight = held.get("weight")
+        # Sharded training holds it as an attribute.
+        if weight is not None:
+            return _product(x, weight, held["bias"])
     return layer(x)
 
 

@@ -77,7 +77,9 @@ def apply(norm: nn.Module, x: Tensor | None) -> Tensor | None:
 
 def _width(norm: nn.Module) -> int | None:
     """Channels that the norm spans; None for one that takes any number."""
-    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+    # A module that is asked for what it has not got takes as long as a launch to say so.
+    facts = norm.__dict__
+    shape = facts.get("normalized_shape") or facts.get("dim")
     return shape[0] if isinstance(shape, tuple) else None
 
 
@@ -119,7 +121,7 @@ def formula(norm: Any, heads: int, dim: int, dtype: torch.dtype) -> Formula | No
     A layer with hooks, a changed `forward` or weights of a kind of their own is not: whoever
     changed it wants it called.
     """
-    form = type(norm)
+    form = norm.__class__
     kind = _KINDS.get(f"{form.__module__}.{form.__qualname__}")
     if kind is None or norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
         return None
@@ -127,9 +129,20 @@ def formula(norm: Any, heads: int, dim: int, dtype: torch.dtype) -> Formula | No
         return None
     width = _width(norm)
     across = heads > 1 and width == heads * dim
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    plain = all(w is None or type(w) in (Tensor, nn.Parameter) for w in (weight, bias))
-    if not plain or (kind != "l2" and not across and width != dim):
+    weight, bias = _held(norm, "weight"), _held(norm, "bias")
+    if not (_is_plain(weight) and _is_plain(bias)):
+        return None
+    if kind != "l2" and not across and width != dim:
         return None
     eps = torch.finfo(dtype).eps if norm.eps is None else norm.eps
     return Formula(kind, weight, bias, eps, across)
+
+
+def _held(norm: Any, name: str) -> Tensor | None:
+    weight = norm._parameters.get(name)
+    # Sharded training holds it as an attribute.
+    return norm.__dict__.get(name) if weight is None else weight
+
+
+def _is_plain(weight: Tensor | None) -> bool:
+    return weight is None or weight.__class__ in (Tensor, nn.Parameter)

@@ -19,7 +19,10 @@ def apart(batch: int = 2, tokens: int = 6, channels: int = 8) -> Tensor:
 def test_products_are_those_of_the_layer(
     by_rows: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linears, "_goes_by_rows", lambda *_: by_rows)
+    def goes_by_rows(x: Tensor, weight: Tensor) -> bool:
+        return by_rows
+
+    monkeypatch.setattr(linears, "_goes_by_rows", goes_by_rows)
     layer, x = nn.Linear(8, 5, bias), apart()
     with torch.no_grad():
         torch.testing.assert_close(linears.called(layer, x), layer(x))
@@ -38,3 +41,13 @@ def test_autocast_reaches_the_product() -> None:
     layer, x = nn.Linear(8, 5), apart()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert linears.called(layer, x).dtype == layer(x).dtype == torch.bfloat16
+
+
+def test_a_layer_whose_weight_is_an_attribute_is_called() -> None:
+    # As sharded training holds it.
+    layer, x = nn.Linear(8, 5), torch.randn(2, 3, 8)
+    right = layer(x)
+    weight, bias = layer.weight.data, layer.bias.data
+    del layer.weight, layer.bias
+    layer.weight, layer.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(linears.called(layer, x), right)
