@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ from torch.distributed import _functional_collectives as collectives
 __all__ = [
     "ALONE",
     "Axis",
+    "Coming",
     "Lost",
+    "direct",
     "gather",
     "lost",
     "post",
-    "received",
     "send",
     "shares",
     "spans",
@@ -75,9 +77,10 @@ def send(parts: Sequence[Sequence[Tensor]], shapes: Any, axis: Axis) -> list[lis
     """
     if axis.size == 1:
         return [list(parts[0])]
-    sizes = [[_count(shape) for shape in of_rank] for of_rank in shapes]
-    going = [_flat(list(of_rank)) for of_rank in parts]
-    got = received(post(going, [sum(of_rank) for of_rank in sizes], axis), axis)
+    sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
+    flat = torch.cat([part.reshape(-1) for of_rank in parts for part in of_rank])
+    going = [sum(part.numel() for part in of_rank) for of_rank in parts]
+    got = post(flat, going, [sum(of_rank) for of_rank in sizes], axis).wait()
     return [
         [t.view(shape) for t, shape in zip(piece.split(of_rank), of_shapes, strict=True)]
         for piece, of_rank, of_shapes in zip(
@@ -86,29 +89,65 @@ def send(parts: Sequence[Sequence[Tensor]], shapes: Any, axis: Axis) -> list[lis
     ]
 
 
-def post(parts: Sequence[Tensor], coming: Sequence[int], axis: Axis) -> Tensor:
-    """Starts to send a tensor to every rank; `received` gives what comes.
+class Coming(NamedTuple):
+    """A row of numbers that is on its way, one rank's after another."""
+
+    row: Tensor
+    axis: Axis
+    work: Any = None
+    """What to wait for; None where torch keeps it with the tensor."""
+
+    def wait(self) -> Tensor:
+        """The row, once it is there.
+
+        Raises:
+            Lost: Another rank ended, or did not answer within the group's timeout.
+        """
+        try:
+            if self.work is None:
+                return collectives.wait_tensor(self.row)
+            self.work.wait()
+        except RuntimeError as error:
+            raise Lost(lost(self.axis, error)) from error
+        return self.row
+
+
+def direct(t: Tensor) -> bool:
+    """Whether a tensor is sent as it lies in memory: no gradient, and no graph being traced."""
+    wanted = torch.is_grad_enabled() and t.requires_grad
+    return not (wanted or torch.compiler.is_compiling())
+
+
+def post(
+    row: Tensor,
+    going: Sequence[int],
+    coming: Sequence[int],
+    axis: Axis,
+    into: Tensor | None = None,
+) -> Coming:
+    """Starts to send the pieces of a row to the ranks.
 
     Args:
-        parts: The tensor for each rank.
-        coming: How many numbers come from each.
+        row: Numbers ``[N]``, those for the first rank first.
+        going: How many each rank gets.
+        coming: How many come from each.
         axis: The ranks.
+        into: Where they come to, for what is `direct`; else it is made.
     """
-    flat, going = _flat(list(parts)), [part.numel() for part in parts]
-    # Without a gradient the plain one does, which inference mode takes too.
-    with_grad = torch.is_grad_enabled() and flat.requires_grad
-    run = collectives.all_to_all_single_autograd if with_grad else collectives.all_to_all_single
     try:
-        return run(flat, list(coming), going, axis.group)
-    except (RuntimeError, dist.DistBackendError) as error:
-        raise Lost(lost(axis, error)) from error
-
-
-def received(at: Tensor, axis: Axis) -> Tensor:
-    """What came of `post`, one rank's after another, in one row."""
-    try:
-        return collectives.wait_tensor(at)
-    except (RuntimeError, dist.DistBackendError) as error:
+        if direct(row):
+            into = row.new_empty(sum(coming)) if into is None else into
+            # Less work for the CPU than torch's functional collectives.
+            work = dist.all_to_all_single(
+                into, row, list(coming), list(going), axis.group, async_op=True
+            )
+            return Coming(into, axis, work)
+        with_grad = torch.is_grad_enabled() and row.requires_grad
+        run = (
+            collectives.all_to_all_single_autograd if with_grad else collectives.all_to_all_single
+        )
+        return Coming(run(row, list(coming), list(going), axis.group), axis)
+    except RuntimeError as error:
         raise Lost(lost(axis, error)) from error
 
 
@@ -125,15 +164,6 @@ def gather(t: Tensor, counts: Sequence[int], dim: int, axis: Axis) -> Tensor:
     return torch.cat([part for (part,) in parts]).movedim(0, dim)
 
 
-def _flat(parts: list[Tensor]) -> Tensor:
-    """All of some tensors, one after another."""
-    if len(parts) == 1:
-        return parts[0].reshape(-1)
-    if all(part.shape == parts[0].shape for part in parts):
-        return torch.cat(parts).flatten()
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
 def lost(axis: Axis, error: Exception) -> str:
     """What is said of a collective that failed."""
     return (
@@ -141,10 +171,3 @@ def lost(axis: Axis, error: Exception) -> str:
         f"{dist.get_process_group_ranks(axis.group)} failed; one of them ended or did not answer "
         f"within the timeout of the process group. {str(error).splitlines()[0]}"
     )
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

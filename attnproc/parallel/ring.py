@@ -6,23 +6,24 @@ https://arxiv.org/abs/2310.01889
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels import CHUNKED, Kernel
 from ..kernels.chunked import chunked_backward
+from ..kernels.fusing import fusable
 from ..kernels.reference import expand_heads, factor
 from ..kernels.takes import HALF
 from ..types import Scoring
-from .exchange import Axis, Lost, lost
+from .exchange import Axis, Coming, post
 
-__all__ = ["Local", "Ring", "local_of"]
+__all__ = ["Local", "Ring", "local_of", "merged"]
 
 
 class Local(NamedTuple):
@@ -75,26 +76,23 @@ class _Ring(torch.autograd.Function):
         local: Local,
         wide: bool,
     ) -> Tensor:
-        q, kv = q.contiguous(), _packed(k, v)
-        shapes, total = (k.shape, v.shape), torch.promote_types(q.dtype, torch.float32)
+        of_k = _by_token(k, v)
+        total = torch.promote_types(q.dtype, torch.float32)
         summing = total if wide else q.dtype
         o = lse = rest = None
         for step in range(axis.size):
+            last = step == axis.size - 1
             # Sent on before it is used, so that the next keys come while these are at work.
-            waiting = None if step == axis.size - 1 else _pass_on(kv, axis)
-            some, of_some, *rest = local.forward(q, *_unpacked(kv, shapes), scale)
+            waiting = [] if last else _pass_on(of_k, axis)
+            some, of_some, *rest = local.forward(q, *of_k, scale)
             of_some = of_some.to(total)
             if o is None or lse is None:
-                o, lse = some.to(summing), of_some
+                o, lse = some, of_some
             else:
-                # The share of the new part, by which the sum moves towards it.
-                share = torch.sigmoid(of_some - lse)[..., None].to(summing)
-                o = o.lerp_(some.to(summing), share)
-                lse = torch.logaddexp(lse, of_some)
-            kv = kv if waiting is None else waiting()
+                o, lse = merged(o, lse, some, of_some, summing, q.dtype if last else summing)
+            of_k = [at() for at in waiting]
         assert o is not None
         assert lse is not None
-        o = o.to(q.dtype)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale, ctx.axis, ctx.local, ctx.rest = scale, axis, local, rest
         return o
@@ -106,58 +104,70 @@ class _Ring(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         axis: Axis = ctx.axis
-        kv, shapes = _packed(k, v), (k.shape, v.shape)
+        of_k = _by_token(k, v)
         summing = torch.promote_types(q.dtype, torch.float32)
-        do = do.contiguous()
-        dq, dkv = torch.zeros_like(q, dtype=summing), torch.zeros_like(kv, dtype=summing)
+        (do,) = _by_token(do)
+        dq = torch.zeros_like(q, dtype=summing)
+        grads = [torch.zeros_like(t, dtype=summing) for t in of_k]
         for step in range(axis.size):
-            waiting = None if step == axis.size - 1 else _pass_on(kv, axis)
-            of_q, *of_kv = ctx.local.backward(
-                do, q, *_unpacked(kv, shapes), o, lse, ctx.scale, ctx.rest
-            )
+            waiting = [] if step == axis.size - 1 else _pass_on(of_k, axis)
+            of_q, *found = ctx.local.backward(do, q, *of_k, o, lse, ctx.scale, ctx.rest)
             dq += of_q
-            dkv += _packed(*of_kv)
+            for grad, more in zip(grads, found, strict=True):
+                grad += more
             # The gradients follow their keys, and are home after one more step.
-            dkv = _pass_on(dkv, axis)()
-            kv = kv if waiting is None else waiting()
-        dk, dv = _unpacked(dkv, shapes)
+            grads = [at() for at in _pass_on(grads, axis)]
+            of_k = [at() for at in waiting]
+        dk, dv = grads
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
-def _packed(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values as one tensor, which takes one message."""
-    return torch.cat((k.reshape(-1), v.reshape(-1)))
+def merged(
+    o: Tensor,
+    lse: Tensor,
+    some: Tensor,
+    of_some: Tensor,
+    summing: torch.dtype,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the keys of two parts, of which the first one is used up.
+
+    Args:
+        o: The output of the first part ``[B, H, S, D]``.
+        lse: Its log-sum-exp ``[B, H, S]``.
+        some: The output of the second part.
+        of_some: Its log-sum-exp.
+        summing: What is summed in.
+        dtype: Of the sum.
+    """
+    if fusable(o) and lse.dtype == torch.float32 and not torch.compiler.is_compiling():
+        from ..kernels.triton.merge import merge
+
+        return merge(o, lse, some, of_some, dtype)
+    # The share of the new part, by which the sum moves towards it.
+    share = torch.sigmoid(of_some - lse)[..., None].to(summing)
+    o = o.to(summing).lerp_(some.to(summing), share)
+    return o.to(dtype), torch.logaddexp(lse, of_some)
 
 
-def _unpacked(kv: Tensor, shapes: tuple[torch.Size, torch.Size]) -> tuple[Tensor, Tensor]:
-    k, v = kv.split([shape.numel() for shape in shapes])
-    return k.view(shapes[0]), v.view(shapes[1])
+def _by_token(*tensors: Tensor) -> list[Tensor]:
+    """``[B, H, S, D]`` that lie in memory as ``[B, S, H, D]``."""
+    return [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
 
 
-def _pass_on(t: Tensor, axis: Axis) -> Callable[[], Tensor]:
-    """Sends a tensor to the next rank; what is returned waits for the one from the last."""
-    ranks = dist.get_process_group_ranks(axis.group)
-    after, before = ranks[(axis.rank + 1) % axis.size], ranks[axis.rank - 1]
-    coming = torch.empty_like(t)
-    try:
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, t, after, axis.group),
-                dist.P2POp(dist.irecv, coming, before, axis.group),
-            ]
-        )
-    except RuntimeError as error:
-        raise Lost(lost(axis, error)) from error
+def _pass_on(tensors: Sequence[Tensor], axis: Axis) -> list[Callable[[], Tensor]]:
+    """Sends tensors of `_by_token` to the next rank; what comes waits for those of the last."""
+    going, coming = [0] * axis.size, [0] * axis.size
+    found: list[Callable[[], Tensor]] = []
+    for t in tensors:
+        row = t.transpose(1, 2).reshape(-1)
+        going[(axis.rank + 1) % axis.size] = coming[axis.rank - 1] = row.numel()
+        found.append(partial(_passed, post(row, going, coming, axis), t.transpose(1, 2).shape))
+    return found
 
-    def wait() -> Tensor:
-        try:
-            for work in works:
-                work.wait()
-        except RuntimeError as error:
-            raise Lost(lost(axis, error)) from error
-        return coming
 
-    return wait
+def _passed(coming: Coming, shape: Sequence[int]) -> Tensor:
+    return coming.wait().view(shape).transpose(1, 2)
 
 
 def local_of(kernel: Kernel, q: Tensor, v: Tensor) -> Local | None:

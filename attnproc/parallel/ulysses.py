@@ -1,27 +1,31 @@
 """A kernel that exchanges tokens for heads and back, for calls that nothing but it looks at.
 
-The order of a sequence does not matter there, so that what arrives is used as it lies. Heads go in
-parts: a part's exchange hides behind the attention of the one before. Source:
-https://arxiv.org/abs/2309.14509
+The order of a sequence does not matter there: a rank's own tokens stand first and are never sent,
+and what comes from the others is used as it lies. Heads go in parts: the exchange of a part hides
+behind the attention of the one before, that of the small first one behind the copying of the rest.
+Source: https://arxiv.org/abs/2309.14509
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..types import KernelCall, Scoring
-from .exchange import Axis, post, received, shares, spans
+from .exchange import Axis, Coming, direct, post, shares, spans
 from .spread import Heads, some_heads
 
 __all__ = ["Exchanged"]
 
-# Below so many tokens a second part costs more time to start than it hides.
+# Below so many tokens further parts cost more time to start than they hide.
 _LONG = 8192
+# The first and the last part, whose exchanges show, have one of so many heads.
+_EDGE = 6
 
 
 @dataclass(frozen=True)
@@ -50,70 +54,144 @@ class Exchanged:
         """
         # Tokens first: what comes from all ranks is then one tensor.
         q, k, v = (t.permute(2, 0, 1, 3) for t in (q, k, v))  # [S, B, H, D]
-        parts = self._parts()
-        coming = [
-            (
-                self._post(q, [of.queries for of in part], self.queries),
-                self._post(k, [of.keys for of in part], self.keys),
-                self._post(v, [of.keys for of in part], self.keys),
-            )
-            for part in parts
-        ]
-        going: list[Tensor] = []
-        for part, (at_q, at_k, at_v) in zip(parts, coming, strict=True):
-            own = part[self.axis.rank]
-            some_q = self._joined(at_q, q, len(own.queries), self.queries)
-            some_k = self._joined(at_k, k, len(own.keys), self.keys)
-            some_v = self._joined(at_v, v, len(own.keys), self.keys)
-            going.append(self._post_back(self.kernel(some_q, some_k, some_v, scoring), part))
-        shape = q.shape[:2]
-        arrived = [self._home(at, part, shape) for at, part in zip(going, parts, strict=True)]
+        coming = [self._posted(q, k, v, part) for part in self.parts]
+        going: list[tuple[Tensor, Coming]] = []
+        for part in self.parts:
+            some = [t for bundle in coming.pop(0) for t in bundle.joined()]
+            o = self.kernel(*(t.permute(1, 2, 0, 3) for t in some), scoring)
+            del some
+            going.append(self._post_back(o, part))
+        found = [self._home(*back, part) for back, part in zip(going, self.parts, strict=True)]
         # Of each rank all parts, then the next rank's.
-        found = torch.cat(
-            [of_rank for of_parts in zip(*arrived, strict=True) for of_rank in of_parts], dim=2
-        )
-        return found.permute(1, 2, 0, 3)
+        o = torch.cat([t for of_rank in zip(*found, strict=True) for t in of_rank], dim=2)
+        return o.permute(1, 2, 0, 3)
 
-    def _parts(self) -> list[tuple[Heads, ...]]:
-        """The heads of all ranks in one or two parts."""
-        few = min(len(of.keys) if of.own else 0 for of in self.heads) < 2
-        if few or sum(self.keys) < _LONG:
-            return [self.heads]
-        halves = [_halves(of) for of in self.heads]
-        return [tuple(half[i] for half in halves) for i in range(2)]
+    @cached_property
+    def parts(self) -> tuple[tuple[Heads, ...], ...]:
+        """The heads of all ranks in up to three parts, of which the outer ones are small."""
+        few = min(len(of.keys) if of.own else 0 for of in self.heads)
+        if few < 2 or sum(self.keys) < _LONG:
+            return (self.heads,)
+        return tuple(zip(*(_cut(of, min(few, 3)) for of in self.heads), strict=True))
 
-    def _post(self, t: Tensor, heads: Sequence[Sequence[int]], tokens: tuple[int, ...]) -> Tensor:
-        each = t.shape[1] * t.shape[3]
-        own = len(heads[self.axis.rank])
-        pieces = [some_heads(t, some) for some in heads]
-        return post(pieces, [count * each * own for count in tokens], self.axis)
+    @cached_property
+    def others(self) -> tuple[int, ...]:
+        """The other ranks."""
+        return tuple(rank for rank in range(self.axis.size) if rank != self.axis.rank)
 
-    def _joined(self, at: Tensor, like: Tensor, heads: int, tokens: tuple[int, ...]) -> Tensor:
-        shape = sum(tokens), like.shape[1], heads, like.shape[3]
-        return received(at, self.axis).view(shape).permute(1, 2, 0, 3)
+    def _posted(self, q: Tensor, k: Tensor, v: Tensor, part: tuple[Heads, ...]) -> list[_Bundle]:
+        """Starts to exchange some heads; in one message where all three tensors are alike."""
+        of_q, of_k = [heads.queries for heads in part], [heads.keys for heads in part]
+        if self.queries == self.keys and q.shape[3] == v.shape[3] and q.dtype == v.dtype:
+            return [self._post((q, k, v), (of_q, of_k, of_k), self.queries)]
+        return [
+            self._post((q,), (of_q,), self.queries),
+            self._post((k,), (of_k,), self.keys),
+            self._post((v,), (of_k,), self.keys),
+        ]
 
-    def _post_back(self, o: Tensor, part: tuple[Heads, ...]) -> Tensor:
-        whole = o.permute(2, 0, 1, 3)
+    def _post(
+        self,
+        tensors: tuple[Tensor, ...],
+        heads: tuple[Sequence[Sequence[int]], ...],
+        tokens: tuple[int, ...],
+    ) -> _Bundle:
+        """Starts to exchange some heads of each tensor, which lie side by side on the way.
+
+        Args:
+            tensors: ``[S, B, H, D]`` each.
+            heads: For each of them, the heads that each rank gets.
+            tokens: How many tokens each rank has.
+        """
+        me, dtype = self.axis.rank, tensors[0].dtype
+        plain = all(map(direct, tensors))
+        if plain:
+            tensors = _words(tensors)
+        pieces = [
+            [some_heads(t, of[rank]) for t, of in zip(tensors, heads, strict=True)]
+            for rank in range(self.axis.size)
+        ]
+        counts = [len(of[me]) for of in heads]
+        own, (_, batch, _, dim) = tokens[me], tensors[0].shape
+        shape = batch, sum(counts), dim
+        coming = [batch * sum(counts) * dim * count for count in tokens]
+        sizes = [own * batch * dim * sum(t.shape[2] for t in piece) for piece in pieces]
+        coming[me] = sizes[me] = 0
+        if not plain:
+            row = torch.cat([torch.cat(pieces[rank], dim=2).flatten() for rank in self.others])
+            at = post(row, sizes, coming, self.axis)
+            return _Bundle(at, torch.cat(pieces[me], dim=2), counts, dtype)
+        row = tensors[0].new_empty(sum(sizes))
+        whole = tensors[0].new_empty(sum(tokens), *shape)
+        for piece, span in zip(pieces, spans(sizes), strict=True):
+            if span.stop > span.start:
+                torch.cat(piece, dim=2, out=row[span].view(own, batch, -1, dim))
+        at = post(row, sizes, coming, self.axis, into=whole[own:].view(-1))
+        torch.cat(pieces[me], dim=2, out=whole[:own])
+        return _Bundle(at, whole, counts, dtype)
+
+    def _post_back(self, o: Tensor, part: tuple[Heads, ...]) -> tuple[Tensor, Coming]:
+        """Own tokens of a part's own heads ``[S, B, h, D]``, and those of others on their way."""
+        me, whole = self.axis.rank, o.permute(2, 0, 1, 3)
         # What another rank computes too is sent by that one alone.
-        whole = whole if part[self.axis.rank].own else whole[:, :, :0]
-        each = whole.shape[1] * o.shape[3] * self.queries[self.axis.rank]
-        sizes = [each * len(of.queries) if of.own else 0 for of in part]
-        return post([whole[span] for span in spans(self.queries)], sizes, self.axis)
+        whole = whole if part[me].own else whole[:, :, :0]
+        own, each = self.queries[me], whole.shape[1] * o.shape[3]
+        sizes = [each * whole.shape[2] * count for count in self.queries]
+        coming = [each * own * len(of.queries) if of.own else 0 for of in part]
+        coming[me] = sizes[me] = 0
+        at = post(whole[own:].reshape(-1), sizes, coming, self.axis)
+        return whole[:own], at
 
-    def _home(self, at: Tensor, part: tuple[Heads, ...], shape: Sequence[int]) -> list[Tensor]:
-        flat = received(at, self.axis)
+    def _home(self, own: Tensor, at: Coming, part: tuple[Heads, ...]) -> list[Tensor]:
+        """Own tokens ``[S, B, h, D]`` of the heads of each rank."""
+        tokens, batch, _, dim = own.shape
         counts = [len(of.queries) if of.own else 0 for of in part]
-        dim = flat.numel() // max(1, math.prod(shape) * sum(counts))
-        pieces = flat.split([math.prod(shape) * count * dim for count in counts])
-        return [t.view(*shape, n, dim) for t, n in zip(pieces, counts, strict=True)]
+        counts[self.axis.rank] = 0
+        pieces = at.wait().split([tokens * batch * dim * count for count in counts])
+        found = [t.view(tokens, batch, n, dim) for t, n in zip(pieces, counts, strict=True)]
+        found[self.axis.rank] = own
+        return found
 
 
-def _halves(heads: Heads) -> tuple[Heads, Heads]:
-    """A rank's heads in two parts, each of whole groups."""
-    group = len(heads.queries) // len(heads.keys)
-    first, _ = shares(len(heads.keys), 2)
-    at = heads.queries.start + first * group
-    return (
-        Heads(range(heads.queries.start, at), heads.keys[:first]),
-        Heads(range(at, heads.queries.stop), heads.keys[first:]),
-    )
+class _Bundle(NamedTuple):
+    """Tensors that come side by side."""
+
+    coming: Coming
+    whole: Tensor
+    """``[S, B, h, D]``: own tokens first, then room for the others; own ones alone where a
+    gradient is wanted."""
+    counts: list[int]
+    """Heads of each tensor."""
+    dtype: torch.dtype
+
+    def joined(self) -> tuple[Tensor, ...]:
+        """All tokens of each tensor ``[S, B, h, D]``, once they are there."""
+        row, whole = self.coming.wait(), self.whole
+        if self.coming.work is None:
+            whole = torch.cat((whole, row.view(-1, *whole.shape[1:])))
+        whole = whole if whole.dtype == self.dtype else whole.view(self.dtype)
+        return whole.split(self.counts, dim=2)
+
+
+def _words(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same memory as numbers of 8 bytes, of which copies take less time."""
+    each = 8 // tensors[0].element_size()
+    if each < 2 or any(_torn(t, each) for t in tensors):
+        return tensors
+    return tuple(t.view(torch.int64) for t in tensors)
+
+
+def _torn(t: Tensor, each: int) -> bool:
+    places = (*t.stride()[:-1], t.storage_offset(), t.shape[-1])
+    return t.stride(-1) != 1 or any(place % each for place in places)
+
+
+def _cut(heads: Heads, parts: int) -> list[Heads]:
+    """A rank's heads in two or three parts, each of whole groups."""
+    keys, group = len(heads.keys), len(heads.queries) // len(heads.keys)
+    edge = max(1, round(keys / _EDGE))
+    counts = shares(keys, 2) if parts == 2 else (edge, keys - 2 * edge, edge)
+    return [
+        Heads(heads.queries[span.start * group : span.stop * group], heads.keys[span])
+        for span in spans(counts)
+    ]
