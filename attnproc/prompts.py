@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .kernels import AUTO
+from .kernels.fusing import fusable
+from .kernels.tuned import is_tuned
 from .linears import called
 from .modules import RMSNorm
 from .norms import Norms
@@ -76,17 +79,16 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     q = laid(Streams(QKV(raw.q, None, None)), Norms((norm_q, None))).q.transpose(
         1, 2
     )  # [B, H, S, D]
-    branches: dict[int, list[Branch]] = {}
+    branches: list[Branch] = []
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):
             layers = proc.to_k_ip._modules[str(i)], proc.to_v_ip._modules[str(i)]
-            for branch in _branches(layers, state, scale, mask, q):
-                branches.setdefault(branch.k.shape[2], []).append(branch)
+            branches += _branches(layers, state, scale, mask, q)
 
     scoring = Scoring(scale=at.recipe.scale(at))
-    total = None
-    for alike in branches.values():
-        total = _added(total, alike, q, kernel, scoring)
+    total = _in_one_pass(branches, q, kernel, scoring)
+    if total is None:
+        total = _composed(branches, q, kernel, scoring)
     if total is None:
         return q.new_zeros(()).expand(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
     return total
@@ -115,6 +117,32 @@ def _branches(
     scales = scale if isinstance(scale, list | tuple) else [scale] * len(k)
     weights = (amount(s) * r for s, r in zip(scales, _regions(mask, q), strict=True))
     return [Branch(*branch) for branch in zip(k, v, weights, strict=True)]
+
+
+def _in_one_pass(
+    branches: list[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring
+) -> Tensor | None:
+    """The weighted sum by a fused kernel; None where another kernel is wanted or gradients are."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not fusable(q):
+        return None
+    if kernel != AUTO or is_tuned(q.device.type) or isinstance(scoring.scale, Tensor):
+        return None
+    from .kernels.triton.branches import attended, fits
+
+    return attended(q, branches, scoring.scale) if fits(q, branches) else None
+
+
+def _composed(
+    branches: list[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring
+) -> Tensor | None:
+    """The weighted sum by a call of the kernel for branches with equally many tokens."""
+    groups: dict[int, list[Branch]] = {}
+    for branch in branches:
+        groups.setdefault(branch.k.shape[2], []).append(branch)
+    total = None
+    for alike in groups.values():
+        total = _added(total, alike, q, kernel, scoring)
+    return total
 
 
 def _added(

@@ -1,0 +1,203 @@
+"""Attention from the same queries to several image prompts, weighted and summed, in one pass.
+
+The plain form is what `attnproc.prompts` composes: an attention a prompt, then their sum. Here
+queries are read once and outputs written once, with float32 in between and one rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launcher
+
+__all__ = ["MOST", "Branch", "attended", "fits"]
+
+MOST = 4
+"""How many branches a launch takes."""
+
+# Scores are computed twice, which for many keys costs more than launches.
+_KEYS = 512
+# Bytes of a tile of queries and of one of keys, and the rows that neither needs more of.
+_QUERIES = 16384
+_TILE = 8192
+_ROWS = 64
+_PRECISION = tl.constexpr("tf32x3")
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+Branch = tuple[Tensor, Tensor, "float | Tensor"]
+"""Keys and values ``[B, H, tokens, D]`` and a weight: a number, or as ``[B|1, S|1, 1]``."""
+
+
+@triton.jit
+def _rows(ptr, first, keys, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr):
+    """A tile ``[KP, DP]`` of keys or values, zeros outside."""
+    n, d = first + tl.arange(0, KP), tl.arange(0, DP)
+    inside = (n < keys)[:, None] & (d < D)[None, :]
+    return tl.load(ptr + n[:, None] * (H * D) + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _scores(q, seen, first, keys, scale, KP: tl.constexpr):
+    """Scores ``[T, KP]`` to base 2, minus infinity outside."""
+    found = tl.dot(q, tl.trans(seen), input_precision=_PRECISION) * (scale * _LOG2E)
+    return tl.where((first + tl.arange(0, KP) < keys)[None, :], found, float("-inf"))
+
+
+@triton.jit
+def _added(
+    total, q, k, v, w, keys, stride, weight, w_batch, w_token, batch, head, tokens, live, scale,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, KP: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """`total` ``[T, DP]`` and what the queries see of one prompt."""
+    k, v = k + batch * stride + head * D, v + batch * stride + head * D
+    most = tl.full((T,), float("-inf"), tl.float32)
+    sums = tl.zeros((T,), tl.float32)
+    for first in tl.range(0, KEYS, KP, num_stages=1):
+        found = _scores(q, _rows(k, first, keys, H, D, DP, KP), first, keys, scale, KP)
+        more = tl.maximum(most, tl.max(found, axis=1))
+        sums = sums * tl.exp2(most - more) + tl.sum(tl.exp2(found - more[:, None]), axis=1)
+        most = more
+    factor = weight / sums
+    if w is not None:
+        w = w + batch * w_batch + tokens * w_token
+        factor = factor * tl.load(w, mask=live, other=0.0).to(tl.float32)
+    # Scores once more: with sums known, all prompts need but one sum of values.
+    for first in tl.range(0, KEYS, KP, num_stages=1):
+        found = _scores(q, _rows(k, first, keys, H, D, DP, KP), first, keys, scale, KP)
+        shares = tl.exp2(found - most[:, None]) * factor[:, None]
+        values = _rows(v, first, keys, H, D, DP, KP)
+        total = tl.dot(shares.to(values.dtype), values, total, input_precision=_PRECISION)
+    return total
+
+
+@Launcher
+@triton.jit
+def _attend(
+    q, o, k0, v0, w0, k1, v1, w1, k2, v2, w2, k3, v3, w3,
+    length, q_batch, q_head, q_token, scale,
+    keys0, stride0, weight0, batch0, token0, keys1, stride1, weight1, batch1, token1,
+    keys2, stride2, weight2, batch2, token2, keys3, stride3, weight3, batch3, token3,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, KP: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """The sum for some queries of one head."""
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // H, row % H
+    first = tl.program_id(0).to(tl.int64) * T
+    t, d = tl.arange(0, T), tl.arange(0, DP)
+    tokens = first + t
+    live = tokens < length
+    inside = live[:, None] & (d < D)[None, :]
+    # Only where a tile starts needs 64 bits: its places take half the registers so.
+    q = q + batch * q_batch + head * q_head + first * q_token
+    queries = tl.load(q + t[:, None] * q_token + d[None, :], mask=inside, other=0.0)
+    total = tl.zeros((T, DP), tl.float32)
+    total = _added(total, queries, k0, v0, w0, keys0, stride0, weight0, batch0, token0,
+                   batch, head, tokens, live, scale, H, D, DP, KEYS, KP, T)  # fmt: skip
+    if k1 is not None:
+        total = _added(total, queries, k1, v1, w1, keys1, stride1, weight1, batch1, token1,
+                       batch, head, tokens, live, scale, H, D, DP, KEYS, KP, T)  # fmt: skip
+    if k2 is not None:
+        total = _added(total, queries, k2, v2, w2, keys2, stride2, weight2, batch2, token2,
+                       batch, head, tokens, live, scale, H, D, DP, KEYS, KP, T)  # fmt: skip
+    if k3 is not None:
+        total = _added(total, queries, k3, v3, w3, keys3, stride3, weight3, batch3, token3,
+                       batch, head, tokens, live, scale, H, D, DP, KEYS, KP, T)  # fmt: skip
+    o = o + ((batch * length + first) * H + head) * D
+    tl.store(o + t[:, None] * (H * D) + d[None, :], total.to(o.dtype.element_ty), mask=inside)
+
+
+def fits(q: Tensor, branches: Sequence[Branch]) -> bool:
+    """Whether a launch takes the branches of queries ``[B, H, S, D]``."""
+    batch, heads, _, dim = q.shape
+    return 0 < len(branches) <= MOST and all(
+        0 < k.shape[2] <= _KEYS
+        and k.shape == v.shape == (batch, heads, k.shape[2], dim)
+        and k.dtype == v.dtype == q.dtype
+        and k.stride() == v.stride()
+        and k.device == v.device == q.device
+        and (not isinstance(weight, Tensor) or _is_map(weight, q))
+        for k, v, weight in branches
+    )
+
+
+def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tensor:
+    """The weighted sum of one attention a prompt.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        branches: At most `MOST`, as `fits` says.
+        scale: Factor of the scores; None is ``D ** -0.5``.
+
+    Returns:
+        ``[B, S, H*D]``, contiguous, in the dtype of `q`.
+    """
+    batch, heads, length, dim = q.shape
+    q = q if q.stride(3) == 1 else q.contiguous()
+    o = q.new_empty(batch, length, heads * dim)
+    tensors: list[Tensor | None] = [q, o]
+    factor = dim**-0.5 if scale is None else float(scale)
+    numbers: list[int | float] = [length, *q.stride()[:3], factor]
+    for branch in branches:
+        pointers, settings = _arguments(*branch, length)
+        tensors += pointers
+        numbers += settings
+    missing = MOST - len(branches)
+    tensors += (None,) * (3 * missing)
+    numbers += (0, 0, 0.0, 0, 0) * missing
+    if o.numel():
+        keys = max(k.shape[2] for k, _, _ in branches)
+        fixed = _fixed(heads, dim, keys, q.element_size())
+        _attend((-(-length // fixed[-1]), batch * heads), tuple(tensors), tuple(numbers), fixed)
+    return o
+
+
+def _arguments(
+    k: Tensor, v: Tensor, weight: float | Tensor, length: int
+) -> tuple[tuple[Tensor | None, ...], tuple[int | float, ...]]:
+    """Pointers and numbers of one prompt."""
+    k, v = _plain(k), _plain(v)
+    keys, stride = k.shape[2], k.stride(0)
+    if isinstance(weight, Tensor):
+        weight = weight.expand(k.shape[0], length, 1)
+        return (k, v, weight), (keys, stride, 1.0, weight.stride(0), weight.stride(1))
+    return (k, v, None), (keys, stride, float(weight), 0, 0)
+
+
+def _is_map(weight: Tensor, q: Tensor) -> bool:
+    if weight.device != q.device or not weight.is_floating_point():
+        return False
+    return weight.ndim == 0 or (weight.ndim == 3 and weight.shape[2] == 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _fixed(heads: int, dim: int, keys: int, size: int) -> tuple[int, ...]:
+    """Arguments of compilation.
+
+    Heads, channels, channels of a tile, keys of the longest prompt in whole tiles, keys of a tile,
+    queries of a tile.
+    """
+    wide = _padded(dim)
+    at_once = max(16, min(_ROWS, _padded(keys), _TILE // (wide * size)))
+    queries = max(16, min(_ROWS, _QUERIES // (wide * size)))
+    return heads, dim, wide, -(-keys // at_once) * at_once, at_once, queries
+
+
+def _padded(size: int) -> int:
+    """The side of a tile: matrix products need 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _plain(x: Tensor) -> Tensor:
+    """`x` ``[B, H, S, D]`` with each token's heads in one piece, one token after the other."""
+    heads, dim = x.shape[1], x.shape[3]
+    if x.stride()[1:] == (dim, heads * dim, 1):
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

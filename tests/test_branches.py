@@ -1,0 +1,53 @@
+"""Image prompts in one pass: interpreted in a process of its own, and compiled for a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_fused import compiled
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux"
+)
+SUITE = Path(__file__).parent / "branches_suite.py"
+
+
+def test_the_interpreted_kernel_equals_the_composed_way() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(SUITE)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=SUITE.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "dim", "keys", "count"),
+    [
+        ("bf16", 2, 64, 16, 2),
+        ("fp16", 2, 160, 4, 1),
+        ("bf16", 2, 40, 257, 2),
+        ("fp32", 4, 128, 20, 1),
+    ],
+)
+def test_it_compiles_for_a_gpu(dtype: str, size: int, dim: int, keys: int, count: int) -> None:
+    from attnproc.kernels.triton import branches
+
+    names = [f"{name}{i}" for i in range(branches.MOST) for name in "kvw"]
+    types = dict.fromkeys(("q", "o", *names), f"*{dtype}")
+    types |= {"scale": "fp32"} | {f"weight{i}": "fp32" for i in range(branches.MOST)}
+    # The first prompt has a number as its weight, the others a map.
+    absent = ["w0", *names[3 * count :]]
+    fixed = branches._fixed(10, dim, keys, size)
+    found = compiled(branches._attend, fixed, types, absent)
+    assert found.asm["cubin"]
+    # A program's shared memory on an H100.
+    assert found.metadata.shared <= 227 * 1024
