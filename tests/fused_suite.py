@@ -232,3 +232,37 @@ def test_norm_formulas_are_read_off_the_layers() -> None:
 @each(SOME[3::8])
 def test_compiled_code_keeps_the_kernels_in_one_graph(case: Case) -> None:
     assert graph_breaks(case) == 0
+
+
+def equal_with_gradients(found: Tensor, right: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(found, right, rtol=0, atol=0)
+    along = torch.randn_like(right)
+    grads = torch.autograd.grad(found, inputs, along)
+    for mine, other in zip(grads, torch.autograd.grad(right, inputs, along), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_the_operators_of_compiled_code_are_those_of_eager_code() -> None:
+    from attnproc.kernels.triton import lay, linear
+
+    torch.manual_seed(0)
+    x, then = (torch.randn(B, n, H, D, requires_grad=True) for n in (S, T))
+    w0, b0, w1, b1 = (torch.randn(D, requires_grad=True) for _ in range(4))
+    table = torch.randn(1, S + T, 1, D), torch.randn(1, S + T, 1, D)
+    how = lay.Lay((2, 2), (1e-5, 1e-5), False, (True, True), True, 2, D)
+    found = lay.lay(x, then, how, (w0, b0, w1, b1), table)
+    right = torch.ops.attnproc.lay(x, then, w0, b0, w1, b1, *table, *lay._plainly(how))
+    equal_with_gradients(found, right, [x, then, w0, b0, w1, b1])
+
+    q, k, v = (torch.randn(B, H, n, D, requires_grad=True) for n in (S, T, T))
+    right = torch.ops.attnproc.relu_linear(q, k, v, 1e-6)[0].transpose(1, 2)
+    equal_with_gradients(linear.linear_attention(q, k, v, 1e-6), right, [q, k, v])
+
+
+def test_gradients_of_gradients_are_an_error() -> None:
+    from attnproc.kernels.triton.lay import Lay, lay
+
+    x = torch.randn(1, 2, 1, 16, requires_grad=True)
+    (slope,) = torch.autograd.grad(lay(x, None, Lay((1, 0))).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        torch.autograd.grad(slope.sum(), x)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .launch import Launcher
 
@@ -410,12 +411,44 @@ def lay(
         ``[B, S + T, H, D]``, contiguous, in the dtype of `x`.
     """
     cos, sin = table or (None, None)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        ints = [*how.norms, how.across, *how.turns, how.joint, how.width, how.turned, how.step]
-        return torch.ops.attnproc.lay(
-            x, then, *weights, cos, sin, [int(i) for i in ints], list(how.eps)
-        )
+    if torch.compiler.is_compiling():
+        return torch.ops.attnproc.lay(x, then, *weights, cos, sin, *_plainly(how))
+    if torch.is_grad_enabled():
+        return _Lay.apply(x, then, *weights, cos, sin, how)
     return _launch(x, then, how, weights, (cos, sin))
+
+
+class _Lay(torch.autograd.Function):
+    """The operator without its dispatch, which costs the CPU more than the launch."""
+
+    @staticmethod
+    def forward(x: Tensor, then: Tensor | None, *rest: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *weights, cos, sin, how = rest
+        return _launch(x, then, how, tuple(weights), (cos, sin))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.how = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, then, *weights, cos, sin = ctx.saved_tensors
+        found = _launch_back(grad, x, then, ctx.how, tuple(weights), (cos, sin))
+        return *_needed(found, ctx), None
+
+
+def _needed(found: list[Tensor], ctx: Any) -> tuple[Tensor | None, ...]:
+    """The gradients that are asked for, and none for the table."""
+    needed = ctx.needs_input_grad[:6]
+    return (*(g if need else None for g, need in zip(found, needed, strict=True)), None, None)
+
+
+def _plainly(how: Lay) -> tuple[list[int], list[float]]:
+    """As an operator takes it; see `_how`."""
+    ints = [*how.norms, how.across, *how.turns, how.joint, how.width, how.turned, how.step]
+    return [int(i) for i in ints], list(how.eps)
 
 
 def _how(ints: list[int], eps: list[float]) -> Lay:
@@ -466,8 +499,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     found = torch.ops.attnproc.lay_back(grad, *tensors, ctx.ints, ctx.eps)
-    needed = ctx.needs_input_grad[:6]
-    return (*(g if need else None for g, need in zip(found, needed, strict=True)), *(None,) * 4)
+    return *_needed(found, ctx), None, None
 
 
 torch.library.register_autograd("attnproc::lay", _differentiate, setup_context=_keep)

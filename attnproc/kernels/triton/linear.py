@@ -6,12 +6,14 @@ The plain form is `attnproc.kernels.linear.relu_linear`. The first pass sums ``r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .launch import Launcher
 
@@ -190,9 +192,32 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     Returns:
         ``[B, H, Q, D]``, a view of a contiguous ``[B, Q, H, D]``.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return torch.ops.attnproc.relu_linear(q, k, v, eps)[0].transpose(1, 2)
-    return _forward(q, k, v, eps)[0].transpose(1, 2)
+    if torch.compiler.is_compiling():
+        o = torch.ops.attnproc.relu_linear(q, k, v, eps)[0]
+    elif torch.is_grad_enabled():
+        o = _Linear.apply(q, k, v, eps)[0]
+    else:
+        o = _forward(q, k, v, eps)[0]
+    return o.transpose(1, 2)
+
+
+class _Linear(torch.autograd.Function):
+    """The operator without its dispatch, which costs the CPU more than the launches."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(_forward(q, k, v, eps))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        found = _backward(grad, *ctx.saved_tensors, ctx.eps)
+        return *(g.transpose(1, 2) for g in found), None
 
 
 _QKV = "Tensor q, Tensor k, Tensor v"
@@ -227,7 +252,7 @@ def _(grad: Tensor, *rest: Any) -> list[Tensor]:
     return [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in rest[:3]]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     q, k, v, ctx.eps = inputs
     ctx.save_for_backward(q, k, v, *output)
 
