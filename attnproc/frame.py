@@ -7,10 +7,13 @@ out; what it needs of the input it finds in the call, so no step keeps a memo.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .kernels.fusing import fusable
+from .linears import _is_watched  # pyright: ignore[reportPrivateUsage]
 from .shapes import from_grid, to_grid
 from .types import Site
 
@@ -144,8 +147,30 @@ class ClipHalf(Step):
         return image, text
 
 
-def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
+def _over_channels(norm: Any, x: Tensor) -> Tensor:
+    """Tokens ``[B, S, C]`` normed, for which the norm sees ``[B, C, S]``."""
+    if fusable(x) and _is_plain(norm, x):
+        from .kernels.triton.groupnorm import fits, group_norm
+
+        if fits(x, norm.num_groups):
+            return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _is_plain(norm: Any, x: Tensor) -> bool:
+    """Whether a norm does nothing but its formula here, in the dtype of `x`, without gradients."""
+    # The compiler makes one kernel of a norm and what is around it.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if type(norm) is not nn.GroupNorm or _is_watched(norm):
+        return False
+    weights: list[Any] = [norm.weight, norm.bias]
+    same = all(
+        w is None
+        or (type(w) in (Tensor, nn.Parameter) and w.dtype == x.dtype and w.device == x.device)
+        for w in weights
+    )
+    return same and not torch.is_autocast_enabled(x.device.type)
 
 
 UNET = (Residual(), SpatialNorm(), Grid(), GroupNorm(), ContextNorm())
