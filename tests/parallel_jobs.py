@@ -308,6 +308,29 @@ def in_parts(case: Case, shape: Shape) -> None:
         inside(case, shape)
 
 
+def in_pieces(heads: int, kv_heads: int, dim: int, shape: Shape) -> None:
+    """So many heads that a small part goes first and another last, with and without gradients."""
+    attn = attnproc.Attention(
+        query_dim=24, heads=heads, dim_head=dim, kv_heads=kv_heads,
+        processor=attnproc.AttnProcessor2_0(),
+    ).double()  # fmt: skip
+    torch.manual_seed(0)
+    for weight in attn.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    x = draw("pieces", "x", (2, 11, 24)).requires_grad_()
+    want = attn(x)
+    weight = draw("pieces", "loss", tuple(want.shape))
+    (grad,) = torch.autograd.grad((want * weight).sum(), x)
+    attnproc.parallelize(attn, mesh_of(shape))
+    with mock.patch("attnproc.parallel.ulysses._LONG", 0):
+        with torch.inference_mode():
+            close(attn(x), want, "output in inference mode")
+        got = attn(x)
+        close(got, want, "output")
+        (of_x,) = torch.autograd.grad((got * weight).sum(), x)
+        close(_mean(of_x), grad, "gradient")
+
+
 def drop_in_masked() -> None:
     """Text padding over both kinds of Flux' blocks: these join the streams themselves."""
     model, inputs, _ = _flux(text=8)
@@ -551,6 +574,8 @@ def further() -> dict[int, dict[str, Job]]:
         case for case in PLAIN if case.id.startswith("AttnProcessor2_0") and "gqa" in case.id
     )
     two["parts-gqa"] = partial(in_parts, gqa, TOKENS)
+    for heads, kv_heads, dim in ((12, 12, 4), (12, 6, 4), (7, 7, 4), (9, 9, 3), (4, 4, 4)):
+        two[f"pieces-{heads}-{kv_heads}-{dim}"] = partial(in_pieces, heads, kv_heads, dim, TOKENS)
     for verb, args in STEERED.items():
         two[f"steer-{verb}"] = partial(steered, TOKENS, verb, args)
         two[f"steer-rows-{verb}"] = partial(steered, ROWS, verb, args)
@@ -560,6 +585,9 @@ def further() -> dict[int, dict[str, Job]]:
         two[f"mismatch-{what}"] = partial(refuses_mismatch, what)
     four: dict[str, Job] = {
         "drop_in-both": partial(drop_in, 2, 2),
+        "pieces-14": partial(in_pieces, 14, 14, 4, FOUR),
+        "pieces-2": partial(in_pieces, 2, 2, 4, FOUR),
+        "pieces-ring": partial(in_pieces, 6, 6, 4, BOTH),
         "masks-6": partial(kinds_of_masks, FOUR, 6, "split"),
         "masks-2": partial(kinds_of_masks, FOUR, 2, "split"),
         "model-all-unet": partial(whole_model, "unet", ALL),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..types import KernelCall, Scoring
-from .exchange import Axis, Coming, direct, post, shares, spans
+from .exchange import Axis, Coming, direct, post, spans
 from .spread import Heads, some_heads
 
 __all__ = ["Exchanged"]
@@ -54,32 +54,45 @@ class Exchanged:
         """
         # Tokens first: what comes from all ranks is then one tensor.
         q, k, v = (t.permute(2, 0, 1, 3) for t in (q, k, v))  # [S, B, H, D]
-        coming = [self._posted(q, k, v, part) for part in self.parts]
-        going: list[tuple[Tensor, Coming]] = []
-        for part in self.parts:
-            some = [t for bundle in coming.pop(0) for t in bundle.joined()]
-            o = self.kernel(*(t.permute(1, 2, 0, 3) for t in some), scoring)
-            del some
-            going.append(self._post_back(o, part))
-        found = [self._home(*back, part) for back, part in zip(going, self.parts, strict=True)]
-        # Of each rank all parts, then the next rank's.
-        o = torch.cat([t for of_rank in zip(*found, strict=True) for t in of_rank], dim=2)
-        return o.permute(1, 2, 0, 3)
+        coming = [self._posted(q, k, v, part) for part, _ in self.parts]
+        back: list[tuple[Tensor, Coming, _Part]] = []
+        for _, pieces in self.parts:
+            come = [t for bundle in coming.pop(0) for t in bundle.joined()]
+            q, k, v = (t.permute(1, 2, 0, 3) for t in come)  # [B, h, S, D]
+            for piece, of_q, of_k in self._spans(pieces):
+                o = self.kernel(q[:, of_q], k[:, of_k], v[:, of_k], scoring)
+                back.append(self._post_back(o.permute(2, 0, 1, 3), piece))
+        found = [self._home(*piece) for piece in back]
+        # Of each rank all pieces, then the next rank's.
+        whole = torch.cat([t for of_rank in zip(*found, strict=True) for t in of_rank], dim=2)
+        return _as(v.dtype, whole).permute(1, 2, 0, 3)
 
     @cached_property
-    def parts(self) -> tuple[tuple[Heads, ...], ...]:
-        """The heads of all ranks in up to three parts, of which the outer ones are small."""
+    def parts(self) -> tuple[tuple[_Part, tuple[_Part, ...]], ...]:
+        """What is exchanged at once, and the pieces of it that the kernel is called with.
+
+        The first exchange and that of the last piece show, so these are small.
+        """
         few = min(len(of.keys) if of.own else 0 for of in self.heads)
         if few < 2 or sum(self.keys) < _LONG:
-            return (self.heads,)
-        return tuple(zip(*(_cut(of, min(few, 3)) for of in self.heads), strict=True))
+            return ((self.heads, (self.heads,)),)
+        first, rest = _cut(self.heads, 1)
+        if few == 2:
+            return (first, (first,)), (rest, (rest,))
+        return (first, (first,)), (rest, _cut(rest, -1))
 
     @cached_property
     def others(self) -> tuple[int, ...]:
         """The other ranks."""
         return tuple(rank for rank in range(self.axis.size) if rank != self.axis.rank)
 
-    def _posted(self, q: Tensor, k: Tensor, v: Tensor, part: tuple[Heads, ...]) -> list[_Bundle]:
+    def _spans(self, pieces: tuple[_Part, ...]) -> list[tuple[_Part, slice, slice]]:
+        """Where the own heads of each piece lie among those of all pieces."""
+        own = [piece[self.axis.rank] for piece in pieces]
+        of_q, of_k = spans([len(of.queries) for of in own]), spans([len(of.keys) for of in own])
+        return list(zip(pieces, of_q, of_k, strict=True))
+
+    def _posted(self, q: Tensor, k: Tensor, v: Tensor, part: _Part) -> list[_Bundle]:
         """Starts to exchange some heads; in one message where all three tensors are alike."""
         of_q, of_k = [heads.queries for heads in part], [heads.keys for heads in part]
         if self.queries == self.keys and q.shape[3] == v.shape[3] and q.dtype == v.dtype:
@@ -106,7 +119,7 @@ class Exchanged:
         me, dtype = self.axis.rank, tensors[0].dtype
         plain = all(map(direct, tensors))
         if plain:
-            tensors = _words(tensors)
+            tensors = tuple(_words(t) for t in tensors)
         pieces = [
             [some_heads(t, of[rank]) for t, of in zip(tensors, heads, strict=True)]
             for rank in range(self.axis.size)
@@ -130,24 +143,23 @@ class Exchanged:
         torch.cat(pieces[me], dim=2, out=whole[:own])
         return _Bundle(at, whole, counts, dtype)
 
-    def _post_back(self, o: Tensor, part: tuple[Heads, ...]) -> tuple[Tensor, Coming]:
+    def _post_back(self, o: Tensor, part: _Part) -> tuple[Tensor, Coming, _Part]:
         """Own tokens of a part's own heads ``[S, B, h, D]``, and those of others on their way."""
-        me, whole = self.axis.rank, o.permute(2, 0, 1, 3)
+        me, whole = self.axis.rank, _words(o) if direct(o) else o
         # What another rank computes too is sent by that one alone.
         whole = whole if part[me].own else whole[:, :, :0]
-        own, each = self.queries[me], whole.shape[1] * o.shape[3]
+        own, each = self.queries[me], whole.shape[1] * whole.shape[3]
         sizes = [each * whole.shape[2] * count for count in self.queries]
         coming = [each * own * len(of.queries) if of.own else 0 for of in part]
         coming[me] = sizes[me] = 0
-        at = post(whole[own:].reshape(-1), sizes, coming, self.axis)
-        return whole[:own], at
+        return whole[:own], post(whole[own:].reshape(-1), sizes, coming, self.axis), part
 
-    def _home(self, own: Tensor, at: Coming, part: tuple[Heads, ...]) -> list[Tensor]:
+    def _home(self, own: Tensor, coming: Coming, part: _Part) -> list[Tensor]:
         """Own tokens ``[S, B, h, D]`` of the heads of each rank."""
         tokens, batch, _, dim = own.shape
         counts = [len(of.queries) if of.own else 0 for of in part]
         counts[self.axis.rank] = 0
-        pieces = at.wait().split([tokens * batch * dim * count for count in counts])
+        pieces = coming.wait().split([tokens * batch * dim * count for count in counts])
         found = [t.view(tokens, batch, n, dim) for t, n in zip(pieces, counts, strict=True)]
         found[self.axis.rank] = own
         return found
@@ -169,29 +181,42 @@ class _Bundle(NamedTuple):
         row, whole = self.coming.wait(), self.whole
         if self.coming.work is None:
             whole = torch.cat((whole, row.view(-1, *whole.shape[1:])))
-        whole = whole if whole.dtype == self.dtype else whole.view(self.dtype)
-        return whole.split(self.counts, dim=2)
+        return _as(self.dtype, whole).split(self.counts, dim=2)
 
 
-def _words(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same memory as numbers of 8 bytes, of which copies take less time."""
-    each = 8 // tensors[0].element_size()
-    if each < 2 or any(_torn(t, each) for t in tensors):
-        return tensors
-    return tuple(t.view(torch.int64) for t in tensors)
+_Part = tuple[Heads, ...]
+"""Some heads of each rank."""
 
 
-def _torn(t: Tensor, each: int) -> bool:
-    places = (*t.stride()[:-1], t.storage_offset(), t.shape[-1])
-    return t.stride(-1) != 1 or any(place % each for place in places)
+def _words(t: Tensor) -> Tensor:
+    """The same numbers as words of 16 or 8 bytes, of which copies take less time.
+
+    Channels decide, which are the same on all ranks.
+    """
+    for dtype in (torch.complex128, torch.int64):
+        each = dtype.itemsize // t.element_size()
+        if each > 1 and t.shape[-1] % each == 0:
+            places = (*t.stride()[:-1], t.storage_offset())
+            fits = t.stride(-1) == 1 and all(place % each == 0 for place in places)
+            return (t if fits else t.clone(memory_format=torch.contiguous_format)).view(dtype)
+    return t
 
 
-def _cut(heads: Heads, parts: int) -> list[Heads]:
-    """A rank's heads in two or three parts, each of whole groups."""
-    keys, group = len(heads.keys), len(heads.queries) // len(heads.keys)
-    edge = max(1, round(keys / _EDGE))
-    counts = shares(keys, 2) if parts == 2 else (edge, keys - 2 * edge, edge)
-    return [
-        Heads(heads.queries[span.start * group : span.stop * group], heads.keys[span])
-        for span in spans(counts)
-    ]
+def _as(dtype: torch.dtype, words: Tensor) -> Tensor:
+    return words if words.dtype == dtype else words.view(dtype)
+
+
+def _cut(part: _Part, sign: int) -> tuple[_Part, _Part]:
+    """Each rank's heads in two, in whole groups, with few in the first part, or in the last."""
+    cut: list[tuple[Heads, Heads]] = []
+    for heads in part:
+        keys, group = len(heads.keys), len(heads.queries) // len(heads.keys)
+        at = sign * max(1, round(keys / _EDGE))
+        cut.append(
+            (
+                Heads(heads.queries[: at * group], heads.keys[:at]),
+                Heads(heads.queries[at * group :], heads.keys[at:]),
+            )
+        )
+    first, last = zip(*cut, strict=True)
+    return first, last
