@@ -31,7 +31,7 @@ from .maps import of_all_heads
 from .ring import Ring, local_of
 from .scorings import gathered_keys, gathered_rows, of_heads, over_keys
 from .spread import Room, Sequences, Spread, heads_of, to_heads, to_tokens
-from .ulysses import Exchanged
+from .ulysses import Exchanged, parts_of
 
 if TYPE_CHECKING:
     from ..processor import Processor
@@ -262,7 +262,7 @@ def _order_free(work: _Work) -> Way | None:
     if axis.size > 1:
         heads = tuple(heads_of(q.shape[1], k.shape[1], axis.size))
         queries, keys = (tuple(of.length(i) for i in ranks) for of in (places.of_q, places.of_k))
-        kernel = Exchanged(axis, heads, queries, keys, kernel)
+        kernel = Exchanged(axis, parts_of(heads, sum(keys)), queries, keys, kernel)
     me = spread.tokens.rank
     length, text = places.of_q.image[me], places.of_k.text[me]
     if places.hidden:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -20,12 +19,16 @@ from ..types import KernelCall, Scoring
 from .exchange import Axis, Coming, direct, post, spans
 from .spread import Heads, some_heads
 
-__all__ = ["Exchanged"]
+__all__ = ["Exchanged", "parts_of"]
 
 # Below so many tokens further parts cost more time to start than they hide.
 _LONG = 8192
 # The first and the last part, whose exchanges show, have one of so many heads.
 _EDGE = 6
+
+
+Part = tuple[Heads, ...]
+"""Some heads of each rank."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,14 @@ class Exchanged:
 
     Args:
         axis: The ranks.
-        heads: Which heads each of them computes.
+        parts: What is exchanged at once, and the pieces of it that the kernel is called with.
         queries: How many queries each of them has.
         keys: How many keys.
         kernel: What it calls, without a mask.
     """
 
     axis: Axis
-    heads: tuple[Heads, ...]
+    parts: tuple[tuple[Part, tuple[Part, ...]], ...]
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     kernel: KernelCall
@@ -55,7 +58,7 @@ class Exchanged:
         # Tokens first: what comes from all ranks is then one tensor.
         q, k, v = (t.permute(2, 0, 1, 3) for t in (q, k, v))  # [S, B, H, D]
         coming = [self._posted(q, k, v, part) for part, _ in self.parts]
-        back: list[tuple[Tensor, Coming, _Part]] = []
+        back: list[tuple[Tensor, Coming, Part]] = []
         for _, pieces in self.parts:
             come = [t for bundle in coming.pop(0) for t in bundle.joined()]
             q, k, v = (t.permute(1, 2, 0, 3) for t in come)  # [B, h, S, D]
@@ -67,32 +70,13 @@ class Exchanged:
         whole = torch.cat([t for of_rank in zip(*found, strict=True) for t in of_rank], dim=2)
         return _as(v.dtype, whole).permute(1, 2, 0, 3)
 
-    @cached_property
-    def parts(self) -> tuple[tuple[_Part, tuple[_Part, ...]], ...]:
-        """What is exchanged at once, and the pieces of it that the kernel is called with.
-
-        The first exchange and that of the last piece show, so these are small.
-        """
-        few = min(len(of.keys) if of.own else 0 for of in self.heads)
-        if few < 2 or sum(self.keys) < _LONG:
-            return ((self.heads, (self.heads,)),)
-        first, rest = _cut(self.heads, 1)
-        if few == 2:
-            return (first, (first,)), (rest, (rest,))
-        return (first, (first,)), (rest, _cut(rest, -1))
-
-    @cached_property
-    def others(self) -> tuple[int, ...]:
-        """The other ranks."""
-        return tuple(rank for rank in range(self.axis.size) if rank != self.axis.rank)
-
-    def _spans(self, pieces: tuple[_Part, ...]) -> list[tuple[_Part, slice, slice]]:
+    def _spans(self, pieces: tuple[Part, ...]) -> list[tuple[Part, slice, slice]]:
         """Where the own heads of each piece lie among those of all pieces."""
         own = [piece[self.axis.rank] for piece in pieces]
         of_q, of_k = spans([len(of.queries) for of in own]), spans([len(of.keys) for of in own])
         return list(zip(pieces, of_q, of_k, strict=True))
 
-    def _posted(self, q: Tensor, k: Tensor, v: Tensor, part: _Part) -> list[_Bundle]:
+    def _posted(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> list[_Bundle]:
         """Starts to exchange some heads; in one message where all three tensors are alike."""
         of_q, of_k = [heads.queries for heads in part], [heads.keys for heads in part]
         if self.queries == self.keys and q.shape[3] == v.shape[3] and q.dtype == v.dtype:
@@ -131,7 +115,8 @@ class Exchanged:
         sizes = [own * batch * dim * sum(t.shape[2] for t in piece) for piece in pieces]
         coming[me] = sizes[me] = 0
         if not plain:
-            row = torch.cat([torch.cat(pieces[rank], dim=2).flatten() for rank in self.others])
+            others = [torch.cat(p, dim=2).flatten() for i, p in enumerate(pieces) if i != me]
+            row = torch.cat(others)
             at = post(row, sizes, coming, self.axis)
             return _Bundle(at, torch.cat(pieces[me], dim=2), counts, dtype)
         row = tensors[0].new_empty(sum(sizes))
@@ -143,7 +128,7 @@ class Exchanged:
         torch.cat(pieces[me], dim=2, out=whole[:own])
         return _Bundle(at, whole, counts, dtype)
 
-    def _post_back(self, o: Tensor, part: _Part) -> tuple[Tensor, Coming, _Part]:
+    def _post_back(self, o: Tensor, part: Part) -> tuple[Tensor, Coming, Part]:
         """Own tokens of a part's own heads ``[S, B, h, D]``, and those of others on their way."""
         me, whole = self.axis.rank, _words(o) if direct(o) else o
         # What another rank computes too is sent by that one alone.
@@ -154,7 +139,7 @@ class Exchanged:
         coming[me] = sizes[me] = 0
         return whole[:own], post(whole[own:].reshape(-1), sizes, coming, self.axis), part
 
-    def _home(self, own: Tensor, coming: Coming, part: _Part) -> list[Tensor]:
+    def _home(self, own: Tensor, coming: Coming, part: Part) -> list[Tensor]:
         """Own tokens ``[S, B, h, D]`` of the heads of each rank."""
         tokens, batch, _, dim = own.shape
         counts = [len(of.queries) if of.own else 0 for of in part]
@@ -184,10 +169,6 @@ class _Bundle(NamedTuple):
         return _as(self.dtype, whole).split(self.counts, dim=2)
 
 
-_Part = tuple[Heads, ...]
-"""Some heads of each rank."""
-
-
 def _words(t: Tensor) -> Tensor:
     """The same numbers as words of 16 or 8 bytes, of which copies take less time.
 
@@ -206,7 +187,19 @@ def _as(dtype: torch.dtype, words: Tensor) -> Tensor:
     return words if words.dtype == dtype else words.view(dtype)
 
 
-def _cut(part: _Part, sign: int) -> tuple[_Part, _Part]:
+def parts_of(heads: Part, keys: int) -> tuple[tuple[Part, tuple[Part, ...]], ...]:
+    """What `Exchanged` exchanges at once and calls the kernel with, for so many keys in all.
+
+    The first exchange and that of the last piece show, so these are small.
+    """
+    few = min(len(of.keys) if of.own else 0 for of in heads)
+    if few < 2 or keys < _LONG:
+        return ((heads, (heads,)),)
+    first, rest = _cut(heads, 1)
+    return (first, (first,)), (rest, (rest,) if few == 2 else _cut(rest, -1))
+
+
+def _cut(part: Part, sign: int) -> tuple[Part, Part]:
     """Each rank's heads in two, in whole groups, with few in the first part, or in the last."""
     cut: list[tuple[Heads, Heads]] = []
     for heads in part:
