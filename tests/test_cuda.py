@@ -20,14 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnproc
 from attnproc.capture import Capture, Maps, capture
+from attnproc.capture.fused import takes
 from attnproc.capture.together import attended
 from attnproc.kernels import AUTO, FLEX, SDPA, ask, registered
+from attnproc.kernels.fusing import use_fused
 from attnproc.kernels.oracle import oracle
 from attnproc.kernels.plan import pick
 from attnproc.kernels.reference import REFERENCE
 from attnproc.places import Box
 from attnproc.steering import Nearby, Region, Regional
-from attnproc.types import Causal, Scoring
+from attnproc.types import Bias, Causal, Keys, Mask, Scoring
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = "cuda"
@@ -121,6 +123,64 @@ def test_maps_are_those_of_plain_attention(dtype: torch.dtype, compiled: bool) -
     weights = (q.double() @ k.double().mT / 8).softmax(dim=-1).mean(dim=1)
     expected = torch.stack((weights[..., [3, 250]].sum(dim=-1), weights[..., 7]), dim=-1)
     torch.testing.assert_close(maps.sums["layer"].double(), expected, rtol=0, atol=1e-5)
+
+
+MASKS: dict[str, Callable[[], Mask | None]] = {
+    "no mask": lambda: None,
+    "keys": lambda: Keys(
+        torch.arange(77, device=DEVICE) < torch.tensor([[9], [60]], device=DEVICE)
+    ),
+    "bias": lambda: Bias(drawn((2, 1, 1, 77))[0]),
+}
+
+
+@pytest.mark.parametrize("dim", [40, 64, 160])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@torch.no_grad()
+def test_maps_of_few_keys_are_those_of_plain_attention(
+    dtype: torch.dtype, mask: str, dim: int
+) -> None:
+    q, k = (t.transpose(1, 2) for t in drawn((2, 1000, 5, dim), (2, 77, 5, dim), dtype=dtype))
+    scoring, words = Scoring(mask=MASKS[mask]()), {"a": (3, 76), "b": 7}
+    maps, apart = Maps(words, part=(1, 2)), Maps(words, part=(1, 2), each_step=True)
+    for _ in range(2):
+        for found in (maps, apart):
+            found.add("layer", found.reduced(q, k, scoring, layer="layer"))
+
+    # The kernel takes float32 at up to 64 channels.
+    assert takes(q, k, scoring, 2) == (dtype in HALF or dim <= 64)
+    scores = q.double() @ k.double().mT / dim**0.5
+    if mask == "keys":
+        scores = scores.masked_fill(~scoring.mask[0][:, None, None], -torch.inf)
+    if mask == "bias":
+        scores = scores + scoring.mask[0].double()
+    weights = scores.softmax(dim=-1).mean(dim=1)[1:]
+    expected = torch.stack((weights[..., [3, 76]].sum(dim=-1), weights[..., 7]), dim=-1)
+    for each in apart.taken["layer"]:
+        torch.testing.assert_close(each.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(maps.sums["layer"].double(), 2 * expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_maps_of_a_model_are_the_composed_ones() -> None:
+    torch.manual_seed(0)
+    attn = attnproc.Attention(query_dim=128, heads=2, dim_head=64, cross_attention_dim=96)
+    model = nn.ModuleDict({"attn": attn}).to(DEVICE, torch.bfloat16)
+    x, text = drawn((2, 256, 128), (2, 77, 96))
+    found: dict[bool, Tensor] = {}
+    outs: list[Tensor] = [model["attn"](x, encoder_hidden_states=text)]
+    for wanted in (True, False):
+        use_fused(wanted)
+        try:
+            with capture(model, list(range(1, 11))) as maps:
+                outs += [model["attn"](x, encoder_hidden_states=text) for _ in range(3)]
+        finally:
+            use_fused(True)
+        found[wanted] = maps.mean()
+
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    torch.testing.assert_close(found[True], found[False], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,8 +16,7 @@ from ..places import Slab, grid_of, sides
 from ..rows import part_rows, rows_from, scoring_of, take
 from ..types import Scoring
 from .chosen import Labels, by_label, positions
-from .together import MANY_KEYS
-from .waiting import Waiting, may_wait
+from .fused import fused, how_often, takes
 from .weights import linear_weights, weights
 
 __all__ = ["Heads", "Maps"]
@@ -42,6 +41,8 @@ class Maps:
         aspect: Height of the image's grid divided by its width.
 
     Attributes:
+        taken: The weights by layer: their sum over calls, to which later ones may be added in
+            place, or with `each_step` those of each.
         calls: How many calls were kept, by the layer's path.
     """
 
@@ -63,21 +64,14 @@ class Maps:
         self.steps = None if steps is None else frozenset(steps)
         self.each_step = each_step
         self.heads: Heads = heads if isinstance(heads, str) else tuple(heads)
-        self._taken: dict[str, list[Tensor]] = {}
-        self._waiting = Waiting()
+        self.taken: dict[str, list[Tensor]] = {}
         self._chosen: dict[Any, _Chosen] = {}
         self.calls: dict[str, int] = {}
         self.seen: dict[str, int] = {}
 
     def __repr__(self) -> str:
         of = "all keys" if self.keys is None else ", ".join(self.keys)
-        return f"Maps({of}; {len(self._taken)} layers)"
-
-    @property
-    def taken(self) -> dict[str, list[Tensor]]:
-        """The weights by layer: their sum over calls, or with `each_step` those of each."""
-        self.settle()
-        return self._taken
+        return f"Maps({of}; {len(self.taken)} layers)"
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -161,6 +155,7 @@ class Maps:
         scoring: Scoring,
         lse: Tensor | None = None,
         linear: bool = False,
+        layer: str = "",
     ) -> Tensor:
         """One call's weights ``[B, (H,) queries, keys]`` of q ``[B, H, Q, D]`` and its keys.
 
@@ -170,79 +165,59 @@ class Maps:
             scoring: Masks and scale, as the kernel gets them.
             lse: Log-sum-exp ``[B, H, Q]`` of the scores, if the kernel gave it.
             linear: Whether it is attention without a softmax.
+            layer: Where they may be added to the sum straight away: then that sum is returned.
         """
-        q, k, scoring = self._part_of(q, k, scoring)
-        if lse is not None:
-            lse = rows_from(lse.detach(), part_rows(self.part, lse.shape[0]))
-        return self._reduced(q, k, scoring, lse, linear)
-
-    def add(self, layer: str, found: Tensor) -> None:
-        """Adds what `reduced` gave for a call."""
-        if layer in self._waiting:
-            self.settle()
-        self._counted(layer)
-        self._keep([layer], [found])
-
-    def waits(self, layer: str, q: Tensor, k: Tensor, scoring: Scoring) -> bool:
-        """In place of `reduced` and `add`: keeps a call of few keys to work it out with others.
-
-        Returns:
-            Whether it did. The queries and keys that wait are bounded in number.
-        """
-        if k.shape[2] >= MANY_KEYS or not may_wait(scoring):
-            return False
-        q, k, scoring = self._part_of(q, k, scoring)
-        # Wrong positions are told where the call is.
-        self._choice(q.shape[2], k.shape[2], scoring)
-        if not self._waiting.add(layer, q, k, scoring):
-            self.settle()
-            if not self._waiting.add(layer, q, k, scoring):
-                return False
-        self._counted(layer)
-        return True
-
-    def settle(self) -> None:
-        """Works out the calls that wait."""
-        with torch.no_grad():
-            for layers, q, k, scoring in self._waiting.leave():
-                found = self._reduced(q, k, scoring)
-                self._keep(layers, found.split(found.shape[0] // len(layers)))
-
-    def _part_of(self, q: Tensor, k: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor, Scoring]:
-        """A call's rows that are kept."""
-        rows, batch = part_rows(self.part, q.shape[0]), q.shape[0]
-        if not (scoring.mask is None and scoring.keep is None and not scoring.mods):
-            scoring = scoring_of(scoring, rows, batch)
-        if q.requires_grad or k.requires_grad:
-            q, k = q.detach(), k.detach()
-        if len(rows) < batch:
-            q, k = (t.narrow(0, rows.start, len(rows)) for t in (q, k))
-        return q, k, scoring
-
-    def _reduced(
-        self,
-        q: Tensor,
-        k: Tensor,
-        scoring: Scoring,
-        lse: Tensor | None = None,
-        linear: bool = False,
-    ) -> Tensor:
-        """As `reduced`, of all rows."""
+        rows = part_rows(self.part, q.shape[0])
+        chosen = self._choice(q.shape[2], k.shape[2], scoring)
+        if lse is None and not linear:
+            found = self._fused(q, k, scoring, rows, chosen, layer)
+            if found is not None:
+                return found
         if torch.is_autocast_enabled(q.device.type):
             # It would round the scores.
             with torch.autocast(q.device.type, enabled=False):
-                return self._reduced(q, k, scoring, lse, linear)
-        queries, cols, of_q, of_k = self._choice(q.shape[2], k.shape[2], scoring)
-        parts = (
-            linear_weights(q, k, scoring, of_q, of_k)
-            if linear
-            else weights(q, k, scoring, of_q, of_k, lse)
-        )
-        chunks = [_joined(self._of_heads(part), cols) for part in parts]
+                return self.reduced(q, k, scoring, lse, linear)
+        scoring = scoring_of(scoring, rows, q.shape[0])
+        with torch.no_grad():
+            q, k = rows_from(q.detach(), rows), rows_from(k.detach(), rows)
+            if linear:
+                parts = linear_weights(q, k, scoring, chosen.of_q, chosen.of_k)
+            else:
+                lse = None if lse is None else rows_from(lse.detach(), rows)
+                parts = weights(q, k, scoring, chosen.of_q, chosen.of_k, lse)
+            return self._grouped(parts, chosen)
+
+    def add(self, layer: str, found: Tensor) -> None:
+        """Adds what `reduced` gave for a call."""
+        kept = self.taken.setdefault(layer, [])
+        self.calls[layer] = self.calls.get(layer, 0) + 1
+        if self.each_step or not kept:
+            kept.append(found)
+        elif kept[0] is not found:
+            kept[0] = kept[0] + found
+
+    def _fused(
+        self, q: Tensor, k: Tensor, scoring: Scoring, rows: range, chosen: _Chosen, layer: str
+    ) -> Tensor | None:
+        """`reduced` in one launch, where a kernel can."""
+        of_q, labels = chosen.of_q, len(chosen.cols or chosen.of_k)
+        if self.heads != "mean" or chosen.rows is not None or not takes(q, k, scoring, labels):
+            return None
+        assert isinstance(of_q, range)
+        counts = chosen.counts.get(q.device)
+        if counts is None:
+            groups = [[i] for i in chosen.of_k] if chosen.cols is None else chosen.cols
+            counts = chosen.counts[q.device] = how_often(groups, k.shape[2], q.device)
+        kept = None if self.each_step else self.taken.get(layer)
+        return fused(q, k, scoring, counts, rows, of_q, kept[0] if kept else None)
+
+    def _grouped(self, parts: Iterable[Tensor], chosen: _Chosen) -> Tensor:
+        """Weights ``[B, H, some of the queries, keys]`` over heads and labels."""
+        chunks = [_joined(self._of_heads(part), chosen.cols) for part in parts]
         found = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-2)
-        if queries is None:
+        if chosen.rows is None:
             return found
-        groups = found.split([len(group) for group in queries], dim=-2)
+        groups = found.split([len(group) for group in chosen.rows], dim=-2)
         return torch.stack([group.mean(dim=-2) for group in groups], dim=-2)
 
     def _choice(self, queries: int, keys: int, scoring: Scoring) -> _Chosen:
@@ -263,25 +238,7 @@ class Maps:
             room if groups is None else [i for group in groups for i in group]
             for groups, room in zip((rows, cols), rooms, strict=True)
         )
-        return _Chosen(rows, cols, of_q, of_k)
-
-    def _counted(self, layer: str) -> None:
-        self._taken.setdefault(layer, [])
-        self.calls[layer] = self.calls.get(layer, 0) + 1
-
-    def _keep(self, layers: Sequence[str], found: Sequence[Tensor]) -> None:
-        """Adds the weights of one call of each layer."""
-        kept = [self._taken[layer] for layer in layers]
-        if not self.each_step and all(kept):
-            sums = torch._foreach_add([sums for (sums,) in kept], found)  # pyright: ignore
-            for old, new in zip(kept, sums, strict=True):
-                old[0] = new
-            return
-        for old, new in zip(kept, found, strict=True):
-            if self.each_step or not old:
-                old.append(new)
-            else:
-                old[0] = old[0] + new
+        return _Chosen(rows, cols, of_q, of_k, {})
 
     @property
     def _rows(self) -> dict[str, Any] | None:
@@ -333,12 +290,16 @@ class Maps:
 
 
 class _Chosen(NamedTuple):
-    """Positions of a call's queries and keys, a group a label, and all of them."""
+    """Positions of a call's queries and keys, a group a label, and all of them.
+
+    `counts` has how often a key counts for a label, by device, once the fused kernel needs it.
+    """
 
     rows: list[list[int]] | None
     cols: list[list[int]] | None
     of_q: Sequence[int]
     of_k: Sequence[int]
+    counts: dict[torch.device, Tensor]
 
 
 def _joined(found: Tensor, groups: list[list[int]] | None) -> Tensor:

@@ -36,19 +36,14 @@ class Capture(Recorder):
     def __call__(
         self, kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
     ) -> Tensor:
-        maps, linear = self.maps, _innermost(kernel).linear
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            if not maps.wants(self.layer):
-                return kernel(q, k, v, scoring)
-            if not linear and maps.waits(self.layer, q, k, scoring):
-                return kernel(q, k, v, scoring)
+        maps, compiling = self.maps, torch.compiler.is_compiling()
+        # The graph stays the same at all steps: it computes what may not be wanted.
+        if not compiling and not maps.wants(self.layer):
+            return kernel(q, k, v, scoring)
 
         o, lse = attended(kernel, q, k, v, scoring)
-        with torch.no_grad():
-            found = maps.reduced(q, k, scoring, lse, linear)
+        found = maps.reduced(q, k, scoring, lse, _innermost(kernel).linear, self.layer)
         if compiling:
-            # The graph stays the same at all steps: it computes what may not be wanted.
             record(self.ticket, found)
         else:
             maps.add(self.layer, found)

@@ -12,9 +12,9 @@ from ..kernels.lse import gives_lse, with_lse
 from ..kernels.tuned import is_tuned
 from ..types import KernelCall, Scoring
 
-__all__ = ["MANY_KEYS", "attended"]
+__all__ = ["attended"]
 
-MANY_KEYS = 256
+_MANY_KEYS = 256
 """Below, the scores of all keys cost less than what is looked up here."""
 
 
@@ -25,7 +25,7 @@ def attended(
 
     The latter is None where the implementation that torch takes does not give it.
     """
-    if _is_torch(kernel, q) and k.shape[2] >= MANY_KEYS and gives_lse(q, k, v, scoring):
+    if k.shape[2] >= _MANY_KEYS and _is_torch(kernel, q) and gives_lse(q, k, v, scoring):
         found = with_lse(q, k, v, scoring)
         if found is not None:
             return found

@@ -72,7 +72,6 @@ def capture(
     maps = Maps(words, part, each_step=each_step, aspect=aspect, **chosen)
     with wrapped(model, layers, kind, lambda path: Capture(maps, path)):
         yield maps
-        maps.settle()
 
 
 @contextmanager
