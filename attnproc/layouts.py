@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .fused_grid import scaled
 from .linears import linear
 from .types import QKV, ProjectPart, Site, Streams
 
@@ -74,11 +75,14 @@ def added_kv(at: Site, x: Tensor, context: Tensor | None) -> Streams:
 
 def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     """DC-AE: heads of the grid ``[B, C, height, width]`` and of its convolved copies."""
-    grid = x.movedim(1, -1)
-    qkv = torch.cat(_together(at, SELF, grid), dim=-1).movedim(-1, 1)
-    scales = torch.cat([qkv, *(block(qkv) for block in at.attn.to_qkv_multiscale)], dim=1)
-    heads = scales.flatten(2).unflatten(1, (-1, 3, at.attn.attention_head_dim))
-    return Streams(QKV(*heads.permute(2, 0, 4, 1, 3)))  # each [B, S, H, D]
+    tokens = scaled(at, SELF, x)
+    if tokens is None:
+        grid = x.movedim(1, -1)
+        qkv = torch.cat(_together(at, SELF, grid), dim=-1).movedim(-1, 1)
+        scales = torch.cat([qkv, *(block(qkv) for block in at.attn.to_qkv_multiscale)], dim=1)
+        tokens = scales.flatten(2).transpose(1, 2)
+    heads = tokens.view(*tokens.shape[:2], -1, 3, at.attn.attention_head_dim)
+    return Streams(QKV(*heads.unbind(3)))  # each [B, S, H, D]
 
 
 def _three(at: Site, names: tuple[str, str, str], x: Tensor, context: Tensor) -> QKV:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .fused_grid import normed
 from .linears import dropout, linear
 from .types import Site
 
@@ -59,7 +60,12 @@ def grid_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """The projected, normed grid ``[B, C, height, width]`` with its residual (DC-AE)."""
     attn, x = at.attn, at.call.x
     image, text = _parted(o, span, extra)
-    grid = linear(at, "to_out", image).unflatten(1, x.shape[2:])
+    image = linear(at, "to_out", image)
+    if attn.norm_type == "rms_norm":
+        grid = normed(at, image, x if attn.residual_connection else None)
+        if grid is not None:
+            return grid, text
+    grid = image.unflatten(1, x.shape[2:])
     if attn.norm_type == "rms_norm":
         grid = attn.norm_out(grid).movedim(-1, 1)
     else:

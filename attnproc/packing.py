@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .interop import processors
 
-__all__ = ["Packing", "pack", "unpack"]
+__all__ = ["Packing", "joined", "pack", "unpack"]
 
 # Each is packed as far as its members are there and take an input of the same width.
 _GROUPS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
@@ -231,6 +231,11 @@ def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     else:
         whole = torch.cat(list(parts))
     return whole if first.dtype is dtype else whole.to(dtype)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The one tensor of which the parts are views, one after another; None if they aren't."""
+    return _whole(parts, parts[0].dtype) if _adjacent(parts) else None
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:

@@ -1,0 +1,139 @@
+"""DC-AE's way in and way out by fused kernels, where they can stand in for the composed parts.
+
+What the parts are decides: plain layers of known form and one dtype, on a GPU, without gradients.
+Everything else goes the composed way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.fusing import fusable
+from .linears import (
+    _is_watched,  # pyright: ignore[reportPrivateUsage]
+    module_linear,
+)
+from .norms import formula
+from .types import Site
+
+__all__ = ["normed", "scaled"]
+
+_TORCH: Any = torch
+
+# Blocks whose `forward` is `proj_out` of `proj_in`.
+_BLOCKS = (
+    "diffusers.models.attention_processor.SanaMultiscaleAttentionProjection",
+    "attnproc.modules.SanaMultiscaleAttentionProjection",
+)
+# Widths of a neighbourhood, and channels of a group, that the kernels take.
+_NEIGHBOURS = (1, 3, 5, 7, 9)
+_GROUP = 128
+
+
+def scaled(at: Site, names: tuple[str, ...], x: Tensor) -> Tensor | None:
+    """The projections of a grid and their convolved copies; None where no kernel can.
+
+    Args:
+        at: Where the module and the recipe are.
+        names: The projections.
+        x: ``[B, C, height, width]``.
+
+    Returns:
+        ``[B, height * width, (1 + scales) * 3W]``.
+    """
+    if x.ndim != 4 or not _takes(x) or at.recipe.linears != (module_linear,):
+        return None
+    weights: list[Any] = [_weight(getattr(at.attn, name), nn.Linear, x) for name in names]
+    convolutions: list[Any] = []
+    for block in at.attn.to_qkv_multiscale:
+        convolutions += _convolutions(block, x)
+    found = [*weights, *convolutions]
+    if any(weight is None for weight in found) or _needs_gradient([x, *found]):
+        return None
+    channels = sum(weight.shape[0] for weight in weights)
+    if any(weight.shape[0] != channels for weight in convolutions):
+        return None
+    from .kernels.triton.multiscale import scaled_products
+
+    return scaled_products(x, weights, convolutions[::2], convolutions[1::2])
+
+
+def normed(at: Site, y: Tensor, x: Tensor | None) -> Tensor | None:
+    """Tokens ``[B, S, C]`` normed by the module, plus `x`, as a grid; None where no kernel can."""
+    if not _takes(y):
+        return None
+    known = formula(at.attn.norm_out, 1, y.shape[2], y.dtype)
+    if known is None or known.kind != "rms":
+        return None
+    others = [t for t in (x, known.weight, known.bias) if t is not None]
+    where = y.get_device()
+    if any(t.dtype is not y.dtype or t.get_device() != where for t in others):
+        return None
+    fits = x is None or x.shape[:2] == (y.shape[0], y.shape[2])
+    if not fits or _needs_gradient([y, *others]):
+        return None
+    from .kernels.triton.multiscale import normed_grid
+
+    return normed_grid(y, x, at.call.x, (known.weight, known.bias, known.eps))
+
+
+def _takes(x: Tensor) -> bool:
+    if not fusable(x) or torch.is_autocast_enabled(x.device.type):
+        return False
+    # Under `torch.func` gradients are asked for behind the tensors' backs.
+    return not _TORCH._C._are_functorch_transforms_active()
+
+
+def _needs_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _convolutions(block: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of a depthwise convolution and of the grouped 1x1 after it."""
+    form = type(block)
+    if f"{form.__module__}.{form.__qualname__}" not in _BLOCKS or _is_watched(block):
+        return None, None
+    layers = block._modules
+    return _depthwise(layers["proj_in"], like), _grouped(layers["proj_out"], like)
+
+
+def _depthwise(layer: Any, like: Tensor) -> Tensor | None:
+    weight = _weight(layer, nn.Conv2d, like)
+    if weight is None:
+        return None
+    _, each, size, other = weight.shape
+    square = each == 1 and size == other and size in _NEIGHBOURS
+    return weight if square and _is_even(layer, size // 2) else None
+
+
+def _grouped(layer: Any, like: Tensor) -> Tensor | None:
+    weight = _weight(layer, nn.Conv2d, like)
+    if weight is None:
+        return None
+    channels, each, *size = weight.shape
+    mixes = each <= _GROUP and layer.groups * each == channels and size == [1, 1]
+    return weight if mixes and _is_even(layer, 0) else None
+
+
+def _is_even(layer: Any, padding: int) -> bool:
+    """Whether a convolution goes over all pixels alike, with zeros around them."""
+    if layer.padding_mode != "zeros" or layer.padding != (padding, padding):
+        return False
+    return layer.stride == (1, 1) and layer.dilation == (1, 1)
+
+
+def _weight(layer: Any, kind: type[nn.Module], like: Tensor) -> Tensor | None:
+    """The weight of a layer that does nothing but its product with it."""
+    if layer.__class__ is not kind or _is_watched(layer):
+        return None
+    # By the registry, as an attribute of a module takes five times as long.
+    held = layer._parameters
+    weight = held.get("weight")
+    if held.get("bias") is not None or weight.__class__ not in (Tensor, nn.Parameter):
+        return None
+    same = weight.dtype is like.dtype and weight.get_device() == like.get_device()
+    return weight if same and weight.is_contiguous() else None

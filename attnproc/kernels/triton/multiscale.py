@@ -1,0 +1,242 @@
+"""DC-AE's multi-scale products and its way out, with tokens in rows all the way.
+
+The plain forms are the composed paths of `attnproc.layouts.multiscale` and
+`attnproc.outputs.grid_out`. One buffer ``[B, S, scales * 3W]`` takes the products of the grid and
+its convolved copies, so that nothing is joined or turned afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...packing import joined
+from .launch import Launcher
+
+__all__ = ["normed_grid", "scaled_products"]
+
+# Channels of a convolving tile, if a group is not wider, so that a pixel's are a line of memory;
+# its elements, 32 sums a thread, so that three programs run beside each other; its width.
+_WIDE = 64
+_HELD = 4096
+_SIDE = 16
+# Tokens and channels that a program of the way out holds at once.
+_TOKENS = 32
+_CHANNELS = 128
+_PRECISION = tl.constexpr("tf32x3")
+
+
+@Launcher
+@triton.jit
+def _convolve(
+    all_scales, taps, mix, height, width, row, start, channels,
+    K: tl.constexpr, D: tl.constexpr, CB: tl.constexpr, CP: tl.constexpr,
+    TX: tl.constexpr, TY: tl.constexpr,
+):  # fmt: skip
+    """Some groups' channels of a tile of pixels: each with its ``K x K`` neighbours, then mixed.
+
+    Programs of one tile follow one another: together they read whole rows of the buffer.
+    """
+    blocks = tl.cdiv(channels, CB)
+    block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    wide, high = tl.cdiv(width, TX), tl.cdiv(height, TY)
+    batch = (tile // (wide * high)).to(tl.int64)
+    pixel, d = tl.arange(0, TX * TY), tl.arange(0, CP)
+    x = tile % wide * TX + pixel % TX
+    y = tile // wide % high * TY + pixel // TX
+    c = block * CB + d
+    there = (d < CB) & (c < channels)
+    all_scales += batch * height * width * row
+    places = all_scales + (y * width + x).to(tl.int64)[:, None] * row + c[None, :]
+    sums = tl.zeros((TX * TY, CP), tl.float32)
+    for i in range(K):
+        down = i - K // 2
+        live = (y + down >= 0) & (y + down < height)
+        for j in tl.static_range(K):
+            right = j - K // 2
+            inside = live & (x + right >= 0) & (x + right < width)
+            away = (down * width + right).to(tl.int64) * row
+            known = inside[:, None] & there[None, :]
+            values = tl.load(places + away, mask=known, other=0.0).to(tl.float32)
+            tap = tl.load(taps + (i * K + j) * channels + c, mask=there, other=0.0)
+            sums += values * tap.to(tl.float32)[None, :]
+    # All groups in one product: what lies between two of them is zero.
+    within = (d // D)[:, None] == (d // D)[None, :]
+    known = within & there[:, None] & there[None, :]
+    weight = tl.load(mix + c[None, :] * D + (d % D)[:, None], mask=known, other=0.0)  # [in, out]
+    mixed = tl.dot(sums.to(weight.dtype), weight, input_precision=_PRECISION)
+    known = ((y < height) & (x < width))[:, None] & there[None, :]
+    tl.store(places + start, mixed.to(weight.dtype), mask=known)
+
+
+@Launcher
+@triton.jit
+def _norm(
+    y, x, weight, bias, o, tokens, eps, x_batch, x_channel, x_token,
+    C: tl.constexpr, CB: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Tokens over their root mean square, plus a grid in whichever layout."""
+    batch = tl.program_id(1).to(tl.int64)
+    token = (tl.program_id(0) * T + tl.arange(0, T)).to(tl.int64)
+    live = token < tokens
+    rows = (batch * tokens + token)[:, None] * C
+    squares = tl.zeros((T, CB), tl.float32)
+    for first in range(0, C, CB):
+        c = first + tl.arange(0, CB)
+        inside = live[:, None] & (c < C)[None, :]
+        part = tl.load(y + rows + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        squares += part * part
+    inverse = tl.rsqrt(tl.sum(squares, axis=1) / C + eps)
+    for first in range(0, C, CB):
+        c = first + tl.arange(0, CB)
+        inside = live[:, None] & (c < C)[None, :]
+        part = tl.load(y + rows + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        part *= inverse[:, None]
+        if weight is not None:
+            part *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        if bias is not None:
+            part += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        if x is not None:
+            places = batch * x_batch + c[None, :] * x_channel + token[:, None] * x_token
+            part += tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(o + rows + c[None, :], part.to(o.dtype.element_ty), mask=inside)
+
+
+def scaled_products(
+    x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]
+) -> Tensor:
+    """Products of a grid, and at each scale their depthwise convolution mixed within groups.
+
+    There are no gradients; this holds for `normed_grid` too.
+
+    Args:
+        x: ``[B, C, height, width]``, in any layout of memory.
+        weights: Of the products, each ``[W', C]``; all ``W'`` together are ``3W``.
+        taps: Of the depthwise convolutions, one a scale, ``[3W, 1, K, K]`` with K odd.
+        mixes: Of the grouped 1x1 convolutions, one a scale, ``[3W, D, 1, 1]``, D at most 128.
+
+    Returns:
+        ``[B, height * width, (1 + scales) * 3W]``: the products first, then the scales in order.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.attnproc.scaled_products(x, weights, taps, mixes)
+    return _scaled(x, weights, taps, mixes)
+
+
+def normed_grid(
+    y: Tensor, x: Tensor | None, like: Tensor, norm: tuple[Tensor | None, Tensor | None, float]
+) -> Tensor:
+    """``y / rms(y) * weight + bias + x`` as a grid.
+
+    Args:
+        y: ``[B, height * width, C]``.
+        x: ``[B, C, height, width]``, in any layout of memory, or None.
+        like: A grid of the wanted height and width.
+        norm: Weight and bias, each ``[C]`` or None, and what guards the division.
+
+    Returns:
+        ``[B, C, height, width]``, channels last in memory.
+    """
+    weight, bias, eps = norm
+    if torch.compiler.is_compiling():
+        o = torch.ops.attnproc.normed_tokens(y, x, weight, bias, eps)
+    else:
+        o = _normed(y, x, weight, bias, eps)
+    return o.view(o.shape[0], *like.shape[2:], o.shape[2]).permute(0, 3, 1, 2)
+
+
+torch.library.define(
+    "attnproc::scaled_products",
+    "(Tensor x, Tensor[] weights, Tensor[] taps, Tensor[] mixes) -> Tensor",
+)
+torch.library.define(
+    "attnproc::normed_tokens",
+    "(Tensor y, Tensor? x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+)
+
+
+@torch.library.impl("attnproc::scaled_products", "CompositeExplicitAutograd")
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return _scaled(x, *rest)
+
+
+@torch.library.register_fake("attnproc::scaled_products")
+def _(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
+    total = sum(weight.shape[0] for weight in weights) * (1 + len(taps))
+    return x.new_empty(x.shape[0], x.shape[2] * x.shape[3], total)
+
+
+@torch.library.impl("attnproc::normed_tokens", "CompositeExplicitAutograd")
+def _(y: Tensor, *rest: Any) -> Tensor:
+    return _normed(y, *rest)
+
+
+@torch.library.register_fake("attnproc::normed_tokens")
+def _(y: Tensor, *rest: Any) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def _scaled(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
+    batch, _, height, width = x.shape
+    channels = sum(weight.shape[0] for weight in weights)
+    row = channels * (1 + len(taps))
+    found = x.new_empty(batch, height * width, row)
+    if not found.numel():
+        return found
+    _multiply(x, weights, found)
+    for i, (tap, mix) in enumerate(zip(taps, mixes, strict=True)):
+        fixed = _tile(tap.shape[2], mix.shape[1])
+        _, _, wide, _, across, down = fixed
+        tiles = -(-width // across) * -(-height // down)
+        _convolve(
+            (batch * tiles * -(-channels // wide), 1),
+            # Turned, as a thread's channels are then one load.
+            (found, tap.flatten(1).t().contiguous(), mix),
+            (height, width, row, (1 + i) * channels, channels),
+            fixed,
+        )
+    return found
+
+
+def _multiply(x: Tensor, weights: list[Tensor], found: Tensor) -> None:
+    """Writes the products of a grid into the first columns of ``[B, S, ...]``."""
+    # The product reads a grid of either layout as it is.
+    tokens = x.flatten(2).transpose(1, 2)
+    whole = joined(weights)
+    start = 0
+    for weight in weights if whole is None else [whole]:
+        stop = start + weight.shape[0]
+        matrix = weight.t().expand(x.shape[0], -1, -1)
+        torch.bmm(tokens, matrix, out=found[:, :, start:stop])
+        start = stop
+
+
+def _tile(size: int, dim: int) -> tuple[int, ...]:
+    """Arguments of compilation: neighbours, channels of a group and of a tile, and its pixels."""
+    wide = max(1, _WIDE // dim) * dim
+    padded = max(16, triton.next_power_of_2(wide))
+    return size, dim, wide, padded, _SIDE, max(1, _HELD // padded // _SIDE)
+
+
+def _normed(
+    y: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    y = y.contiguous()
+    batch, tokens, channels = y.shape
+    o = torch.empty_like(y)
+    if not o.numel():
+        return o
+    flat = None if x is None else x.flatten(2)
+    strides = (0, 0, 0) if flat is None else flat.stride()
+    at_once = min(_CHANNELS, triton.next_power_of_2(channels))
+    _norm(
+        (-(-tokens // _TOKENS), batch),
+        (y, flat, weight, bias, o),
+        (tokens, eps, *strides),
+        (channels, at_once, _TOKENS),
+    )
+    return o
