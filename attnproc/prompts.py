@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels import AUTO
-from .kernels.fusing import fusable
-from .kernels.tuned import is_tuned
+from .fused_prompts import attended, projected
 from .linears import called
 from .modules import RMSNorm
 from .norms import Norms
@@ -79,19 +77,33 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     q = laid(Streams(QKV(raw.q, None, None)), Norms((norm_q, None))).q.transpose(
         1, 2
     )  # [B, H, S, D]
-    branches: list[Branch] = []
+    prompts: list[Prompt] = []
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):
             layers = proc.to_k_ip._modules[str(i)], proc.to_v_ip._modules[str(i)]
-            branches += _branches(layers, state, scale, mask, q)
+            prompts.append(
+                Prompt(layers, state.flatten(1, -2) if mask is None else state, scale, mask)
+            )
+    branches: list[Branch] = []
+    for prompt, pair in zip(prompts, _keys_and_values(prompts, q), strict=True):
+        branches += _branches(prompt, *pair, q)
 
     scoring = Scoring(scale=at.recipe.scale(at))
-    total = _in_one_pass(branches, q, kernel, scoring)
+    total = attended(branches, q, kernel, scoring)
     if total is None:
         total = _composed(branches, q, kernel, scoring)
     if total is None:
         return q.new_zeros(()).expand(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
     return total
+
+
+class Prompt(NamedTuple):
+    """The layers for keys and values, and states ``[B, tokens, C]``, with a mask one an image."""
+
+    layers: tuple[nn.Module, nn.Module]
+    state: Tensor
+    scale: Scale
+    mask: Tensor | None
 
 
 class Branch(NamedTuple):
@@ -102,34 +114,28 @@ class Branch(NamedTuple):
     weight: float | Tensor
 
 
-def _branches(
-    layers: tuple[nn.Module, nn.Module],
-    state: Tensor,
-    scale: Scale,
-    mask: Tensor | None,
-    q: Tensor,
-) -> list[Branch]:
+def _keys_and_values(prompts: list[Prompt], q: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values ``[..., H, tokens, D]`` of each prompt."""
+    pairs = projected([prompt.layers for prompt in prompts], [prompt.state for prompt in prompts])
+    if pairs is None:
+        pairs = [(called(p.layers[0], p.state), called(p.layers[1], p.state)) for p in prompts]
+    return [(_heads(k, q), _heads(v, q)) for k, v in pairs]
+
+
+def _heads(x: Tensor, q: Tensor) -> Tensor:
+    """``[..., tokens, H*D]`` as ``[..., H, tokens, D]``."""
+    x = x.view(*x.shape[:-1], -1, q.shape[3]).transpose(-2, -3)
+    return x if x.dtype == q.dtype else x.to(q.dtype)
+
+
+def _branches(prompt: Prompt, k: Tensor, v: Tensor, q: Tensor) -> list[Branch]:
     """One branch for a prompt; with a mask one for each of its images."""
+    scale, mask = prompt.scale, prompt.mask
     if mask is None:
-        k, v = (_keys(layer, state.flatten(1, -2), q) for layer in layers)
         return [Branch(k, v, amount(scale))]
-    k, v = (_keys(layer, state, q).unbind(1) for layer in layers)
-    scales = scale if isinstance(scale, list | tuple) else [scale] * len(k)
+    scales = scale if isinstance(scale, list | tuple) else [scale] * k.shape[1]
     weights = (amount(s) * r for s, r in zip(scales, _regions(mask, q), strict=True))
-    return [Branch(*branch) for branch in zip(k, v, weights, strict=True)]
-
-
-def _in_one_pass(
-    branches: list[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring
-) -> Tensor | None:
-    """The weighted sum by a fused kernel; None where another kernel is wanted or gradients are."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not fusable(q):
-        return None
-    if kernel != AUTO or is_tuned(q.device.type) or isinstance(scoring.scale, Tensor):
-        return None
-    from .kernels.triton.branches import attended, fits
-
-    return attended(q, branches, scoring.scale) if fits(q, branches) else None
+    return [Branch(*branch) for branch in zip(k.unbind(1), v.unbind(1), weights, strict=True)]
 
 
 def _composed(
@@ -167,13 +173,6 @@ def _added(
         # A number weights the prompt's few values instead of all outputs.
         return merge_heads(kernel(q, k, v if weight == 1 else v * weight, scoring))
     return torch.add(total, merge_heads(kernel(q, k, v, scoring)), alpha=weight)
-
-
-def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
-    """``[..., H, tokens, D]`` of states ``[..., tokens, C]``."""
-    found = called(layer, tokens)
-    found = found.view(*found.shape[:-1], -1, q.shape[3]).transpose(-2, -3)
-    return found if found.dtype == q.dtype else found.to(q.dtype)
 
 
 def _checked(

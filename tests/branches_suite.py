@@ -173,7 +173,7 @@ def test_another_wish_keeps_the_composed_way(
     if wish == "own":
         attn.processor = proc.but(kernel=Kernel("auto", unscaled))
     if wish == "table":
-        monkeypatch.setattr("attnproc.prompts.is_tuned", lambda device: True)
+        monkeypatch.setattr("attnproc.fused_prompts.is_tuned", lambda device: True)
     with torch.set_grad_enabled(wish == "gradients"):
         if wish == "block":
             with backend("sdpa"):
