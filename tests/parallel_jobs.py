@@ -331,6 +331,22 @@ def in_pieces(heads: int, kv_heads: int, dim: int, shape: Shape) -> None:
         close(_mean(of_x), grad, "gradient")
 
 
+def one_graph(shape: Shape) -> None:
+    """Compiled code takes the exchange, or the ring, as part of one graph."""
+    torch.manual_seed(0)
+    attn = attnproc.Attention(
+        query_dim=24, heads=6, dim_head=4, processor=attnproc.AttnProcessor2_0()
+    ).double()
+    x = draw("graph", "x", (2, 12, 24))
+    own = spans(shares(12, dist.get_world_size()))[dist.get_rank()]
+    want = attn(x)[:, own]
+    attnproc.parallelize(attn, mesh_of(shape), inside=False, text="split")
+    compiled = torch.compile(attn, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(x[:, own]), want, "output")
+    close(compiled(x[:, own]), want, "output with a gradient")
+
+
 def drop_in_masked() -> None:
     """Text padding over both kinds of Flux' blocks: these join the streams themselves."""
     model, inputs, _ = _flux(text=8)
@@ -559,6 +575,8 @@ def further() -> dict[int, dict[str, Job]]:
         "drop_in-masked": drop_in_masked,
         "drop_in-gradients": drop_in_gradients,
         "settings": refuses_settings,
+        "graph-ulysses": partial(one_graph, TOKENS),
+        "graph-ring": partial(one_graph, RING),
         "ring-memory": ring_keeps_few_keys,
         "twice-ulysses": partial(same_twice, TOKENS),
         "twice-ring": partial(same_twice, RING),
