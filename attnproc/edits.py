@@ -36,15 +36,17 @@ class FirstFrame:
     def __call__(
         self, at: Site, arranged: Arranged, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        text = arranged.text_keys
+        text, batch = arranged.text_keys, arranged.q.shape[0]
         if at.call.context is not None and text in (0, k.shape[2]):
             return k, v
-        if k.shape[0] % self.batch_size:
+        if batch % self.batch_size:
             raise ValueError(
-                f"hidden_states has a batch of {k.shape[0]}, which batch_size={self.batch_size} "
+                f"hidden_states has a batch of {batch}, which batch_size={self.batch_size} "
                 "videos do not divide"
             )
-        strength = self.strength.now() if isinstance(self.strength, Schedule) else self.strength
+        if k.shape[0] < batch:
+            return self._of_all(k, batch), self._of_all(v, batch)
+        strength = self._strength()
         steady = not isinstance(strength, Tensor)
         if steady and strength == 0:
             return k, v
@@ -52,6 +54,16 @@ class FirstFrame:
         if not (steady and strength == 1):
             first = [t + strength * (f - t) for t, f in zip((k, v), first, strict=True)]
         return first[0], first[1]
+
+    def shown(self, batch: int) -> slice:
+        """The rows of the batch that all see in place of their own, if that is all they see."""
+        strength = self._strength()
+        if isinstance(strength, Tensor) or strength != 1 or batch % self.batch_size:
+            return slice(None)
+        return slice(None, None, batch // self.batch_size)
+
+    def _strength(self) -> float | Tensor:
+        return self.strength.now() if isinstance(self.strength, Schedule) else self.strength
 
     def _first_of_image(self, t: Tensor, text: int, text_first: bool) -> Tensor:
         if not text:
@@ -62,8 +74,13 @@ class FirstFrame:
         return torch.cat((self._first(t[:, :, :image]), t[:, :, image:]), dim=2)
 
     def _first(self, t: Tensor) -> Tensor:
-        frames = t.unflatten(0, (self.batch_size, -1))
-        return frames[:, :1].expand_as(frames).flatten(0, 1)
+        return self._of_all(t[:: t.shape[0] // self.batch_size], t.shape[0])
+
+    def _of_all(self, t: Tensor, batch: int) -> Tensor:
+        """Keys or values ``[videos, H, K, D]`` of the first frames for all of the batch."""
+        # Tokens first, as they lie in memory.
+        frames = t.transpose(1, 2).unsqueeze(1).expand(-1, batch // self.batch_size, -1, -1, -1)
+        return frames.flatten(0, 1).transpose(1, 2)
 
 
 def detach_first_token(

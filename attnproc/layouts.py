@@ -88,10 +88,13 @@ def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
 def _three(at: Site, names: tuple[str, str, str], x: Tensor, context: Tensor) -> QKV:
     if x is context:
         asked = _asked(at, x)
-        if asked == x.shape[0]:
+        if asked < x.shape[0]:
+            q, k = _together(at, names[:2], x[:asked])
+            return QKV(q, k, linear(at, names[2], x))
+        shown = _shown(at, x)
+        if shown is x:
             return QKV(*_together(at, names, x))
-        q, k = _together(at, names[:2], x[:asked])
-        return QKV(q, k, linear(at, names[2], x))
+        return QKV(linear(at, names[0], x), *_together(at, names[1:], shown))
     return QKV(linear(at, names[0], x), *_together(at, names[1:], context))
 
 
@@ -100,15 +103,30 @@ def _asked(at: Site, x: Tensor) -> int:
 
     Only where nothing else looks at them, and nothing else comes a row.
     """
-    recipe, call = at.recipe, at.call
-    if len(recipe.around) != 1 or recipe.edits or recipe.prompts or call.context is not None:
-        return x.shape[0]
-    asked = getattr(recipe.around[0], "asked", None)
-    rope = call.rope if isinstance(call.rope, tuple) else (call.rope,)
-    plain = all(part is None or (isinstance(part, Tensor) and part.ndim == 2) for part in rope)
-    if asked is None or not plain or at.proc._parallel_config is not None:  # pyright: ignore[reportPrivateUsage]
+    around = at.recipe.around
+    asked = getattr(around[0], "asked", None) if len(around) == 1 else None
+    if asked is None or at.recipe.edits or not _by_rows_alone(at):
         return x.shape[0]
     return asked(x.shape[0])
+
+
+def _shown(at: Site, x: Tensor) -> Tensor:
+    """The rows of the batch whose keys and values an edit shows to all; all, where none does."""
+    edits = at.recipe.edits
+    shown = getattr(edits[0], "shown", None) if len(edits) == 1 else None
+    if shown is None or at.recipe.around or not _by_rows_alone(at):
+        return x
+    rows = shown(x.shape[0])
+    return x if rows == slice(None) else x[rows]
+
+
+def _by_rows_alone(at: Site) -> bool:
+    """Whether one part alone looks at rows of the batch, and nothing else comes a row."""
+    call = at.call
+    rope = call.rope if isinstance(call.rope, tuple) else (call.rope,)
+    plain = all(part is None or (isinstance(part, Tensor) and part.ndim == 2) for part in rope)
+    spread = at.proc._parallel_config is not None  # pyright: ignore[reportPrivateUsage]
+    return plain and call.context is None and not (at.recipe.prompts or spread)
 
 
 def _together(at: Site, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
