@@ -26,12 +26,12 @@ Branch = tuple[Tensor, Tensor, "float | Tensor"]
 def projected(
     layers: Sequence[tuple[Any, Any]], states: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values of few states ``[..., tokens, C]`` each, by one launch; None where none can.
+    """Keys and values ``[rows, N]`` of states ``[..., C]`` of few rows, by one launch.
 
-    Returns:
-        Tensors ``[..., tokens, N]``.
+    None where no kernel can.
     """
-    if not states or not _takes(states[0]):
+    # Autocast would choose another dtype.
+    if not states or not _takes(states[0]) or torch.is_autocast_enabled(states[0].device.type):
         return None
     from .kernels.triton.rows import MOST, ROWS, pairs_of_products
 
@@ -42,14 +42,10 @@ def projected(
         k, v = _weights(to_k, x), _weights(to_v, x)
         if k is None or v is None or not x.is_contiguous():
             return None
-        pairs.append((x.view(-1, x.shape[-1]), k[0], v[0], k[1], v[1]))
+        pairs.append((x, k[0], v[0], k[1], v[1]))
     if not _of_one_kind(pairs):
         return None
-    found = pairs_of_products(pairs)
-    return [
-        (k.view(*x.shape[:-1], -1), v.view(*x.shape[:-1], -1))
-        for (k, v), x in zip(found, states, strict=True)
-    ]
+    return pairs_of_products(pairs)
 
 
 def attended(
@@ -75,21 +71,19 @@ def _weights(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that does nothing but its product; None for any other."""
     if layer.__class__ is not nn.Linear or _is_watched(layer):
         return None
-    weight, bias = layer.weight, layer.bias
+    # By the registry, as an attribute of a module takes five times as long.
+    weight, bias = layer._parameters.get("weight"), layer._parameters["bias"]
     for held in (weight,) if bias is None else (weight, bias):
         if type(held) not in (Tensor, nn.Parameter) or not _alike(held, like):
             return None
-    # Autocast would choose another dtype.
-    if not weight.is_contiguous() or torch.is_autocast_enabled(like.device.type):
-        return None
-    return weight, bias
+    return (weight, bias) if weight.is_contiguous() else None
 
 
 def _of_one_kind(pairs: list[Any]) -> bool:
     """Whether inputs and weights have one width each, and all biases are there or none."""
     first, weight, _, bias, _ = pairs[0]
     return all(
-        x.shape[1] == weight.shape[1]
+        x.shape[-1] == weight.shape[1]
         and k.shape == v.shape == weight.shape
         and (a is None) == (b is None) == (bias is None)
         and _alike(x, first)
@@ -98,4 +92,4 @@ def _of_one_kind(pairs: list[Any]) -> bool:
 
 
 def _alike(x: Tensor, like: Tensor) -> bool:
-    return x.dtype == like.dtype and x.device == like.device
+    return x.dtype is like.dtype and x.get_device() == like.get_device()

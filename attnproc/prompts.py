@@ -119,12 +119,15 @@ def _keys_and_values(prompts: list[Prompt], q: Tensor) -> list[tuple[Tensor, Ten
     pairs = projected([prompt.layers for prompt in prompts], [prompt.state for prompt in prompts])
     if pairs is None:
         pairs = [(called(p.layers[0], p.state), called(p.layers[1], p.state)) for p in prompts]
-    return [(_heads(k, q), _heads(v, q)) for k, v in pairs]
+    return [
+        (_heads(k, prompt.state, q), _heads(v, prompt.state, q))
+        for (k, v), prompt in zip(pairs, prompts, strict=True)
+    ]
 
 
-def _heads(x: Tensor, q: Tensor) -> Tensor:
-    """``[..., tokens, H*D]`` as ``[..., H, tokens, D]``."""
-    x = x.view(*x.shape[:-1], -1, q.shape[3]).transpose(-2, -3)
+def _heads(x: Tensor, state: Tensor, q: Tensor) -> Tensor:
+    """``[..., H, tokens, D]`` of the rows of a state ``[..., tokens, C]``."""
+    x = x.view(*state.shape[:-1], -1, q.shape[3]).transpose(-2, -3)
     return x if x.dtype == q.dtype else x.to(q.dtype)
 
 

@@ -117,12 +117,13 @@ def _attend(
 def fits(q: Tensor, branches: Sequence[Branch]) -> bool:
     """Whether a launch takes the branches of queries ``[B, H, S, D]``."""
     batch, heads, _, dim = q.shape
+    where = q.get_device()
     return 0 < len(branches) <= MOST and all(
         0 < k.shape[2] <= _KEYS
         and k.shape == v.shape == (batch, heads, k.shape[2], dim)
-        and k.dtype == v.dtype == q.dtype
+        and k.dtype is v.dtype is q.dtype
         and k.stride() == v.stride()
-        and k.device == v.device == q.device
+        and k.get_device() == v.get_device() == where
         and (not isinstance(weight, Tensor) or _is_map(weight, q))
         for k, v, weight in branches
     )

@@ -28,7 +28,7 @@ _STEP = 256
 _PRECISION = tl.constexpr("tf32x3")
 
 Pair = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"]
-"""Rows ``[R, C]``, both weights ``[N, C]`` and both biases ``[N]``; all of them contiguous."""
+"""Rows ``[..., C]``, both weights ``[N, C]`` and both biases ``[N]``; all of them contiguous."""
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def pairs_of_products(pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
     """
     width, depth = pairs[0][1].shape
     first = pairs[0][0]
-    counts = [x.shape[0] for x, *_ in pairs for _ in range(2)]
+    counts = [x.numel() // depth for x, *_ in pairs for _ in range(2)]
     o = first.new_empty(sum(counts), width)
     missing = MOST - len(pairs)
     tensors = [tensor for pair in pairs for tensor in pair] + [None] * (5 * missing)
