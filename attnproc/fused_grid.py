@@ -22,8 +22,6 @@ from .types import Site
 
 __all__ = ["normed", "scaled"]
 
-_TORCH: Any = torch
-
 # Blocks whose `forward` is `proj_out` of `proj_in`.
 _BLOCKS = (
     "diffusers.models.attention_processor.SanaMultiscaleAttentionProjection",
@@ -82,10 +80,7 @@ def normed(at: Site, y: Tensor, x: Tensor | None) -> Tensor | None:
 
 
 def _takes(x: Tensor) -> bool:
-    if not fusable(x) or torch.is_autocast_enabled(x.device.type):
-        return False
-    # Under `torch.func` gradients are asked for behind the tensors' backs.
-    return not _TORCH._C._are_functorch_transforms_active()
+    return fusable(x) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _needs_gradient(tensors: Sequence[Tensor]) -> bool:

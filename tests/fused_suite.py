@@ -264,5 +264,16 @@ def test_gradients_of_gradients_are_an_error() -> None:
 
     x = torch.randn(1, 2, 1, 16, requires_grad=True)
     (slope,) = torch.autograd.grad(lay(x, None, Lay((1, 0))).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         torch.autograd.grad(slope.sum(), x)
+
+
+def test_transforms_of_functions_go_the_composed_way() -> None:
+    x = torch.randn(2, 3, 5, 16)
+    found = torch.func.jvp(lambda q: relu_linear(q, x, x, Scoring(eps=1e-6)), (x,), (x,))
+    wide = x.double()
+    right = torch.func.jvp(
+        lambda q: relu_linear(q, wide, wide, Scoring(eps=1e-6)), (wide,), (wide,)
+    )
+    for mine, other in zip(found, right, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from .takes import missing
 
 __all__ = ["fusable", "use_fused"]
+
+# Not part of torch's typed interface.
+_TORCH: Any = torch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -31,6 +35,10 @@ def use_fused(wanted: bool) -> None:
 
 def fusable(x: Tensor) -> bool:
     """Whether a tensor is of a kind that the kernels take, and they are wanted and there."""
-    if not (x.is_cuda or _INTERPRETED):
+    if not (x.is_cuda or _INTERPRETED) or not _wanted or x.dtype not in _DTYPES:
         return False
-    return _wanted and x.dtype in _DTYPES and not missing("triton", "")
+    # Transforms of `torch.func` ask for gradients behind the tensors' backs.
+    transformed = not torch.compiler.is_compiling() and (
+        _TORCH._C._are_functorch_transforms_active()
+    )
+    return not transformed and not missing("triton", "")

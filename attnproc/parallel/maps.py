@@ -35,10 +35,6 @@ class _Everyones:
     def wants(self, layer: str) -> bool:
         return self.maps.wants(layer)
 
-    def waits(self, *call: Any) -> bool:
-        """Never: ranks exchange maps at the call."""
-        return False
-
     def add(self, layer: str, found: Tensor) -> None:
         self.maps.add(layer, found)
 
