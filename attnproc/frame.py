@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.fusing import fusable
-from .linears import _is_watched  # pyright: ignore[reportPrivateUsage]
+from .linears import is_watched
 from .shapes import from_grid, to_grid
 from .types import Site
 
@@ -162,7 +162,7 @@ def _is_plain(norm: Any, x: Tensor) -> bool:
     # The compiler makes one kernel of a norm and what is around it.
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    if type(norm) is not nn.GroupNorm or _is_watched(norm):
+    if type(norm) is not nn.GroupNorm or is_watched(norm):
         return False
     weights: list[Any] = [norm.weight, norm.bias]
     same = all(

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.fusing import fusable
-from .linears import (
-    _is_watched,  # pyright: ignore[reportPrivateUsage]
-    module_linear,
-)
+from .linears import is_watched, module_linear
 from .norms import formula
 from .types import Site
 
@@ -90,7 +87,7 @@ def _needs_gradient(tensors: Sequence[Tensor]) -> bool:
 def _convolutions(block: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Weights of a depthwise convolution and of the grouped 1x1 after it."""
     form = type(block)
-    if f"{form.__module__}.{form.__qualname__}" not in _BLOCKS or _is_watched(block):
+    if f"{form.__module__}.{form.__qualname__}" not in _BLOCKS or is_watched(block):
         return None, None
     layers = block._modules
     return _depthwise(layers["proj_in"], like), _grouped(layers["proj_out"], like)
@@ -123,7 +120,7 @@ def _is_even(layer: Any, padding: int) -> bool:
 
 def _weight(layer: Any, kind: type[nn.Module], like: Tensor) -> Tensor | None:
     """The weight of a layer that does nothing but its product with it."""
-    if layer.__class__ is not kind or _is_watched(layer):
+    if layer.__class__ is not kind or is_watched(layer):
         return None
     # By the registry, as an attribute of a module takes five times as long.
     held = layer._parameters

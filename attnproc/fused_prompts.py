@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .kernels import AUTO
 from .kernels.fusing import fusable
 from .kernels.tuned import is_tuned
-from .linears import _is_watched  # pyright: ignore[reportPrivateUsage]
+from .linears import is_watched
 from .types import KernelCall, Scoring
 
 __all__ = ["attended", "projected"]
@@ -69,7 +69,7 @@ def _takes(x: Tensor) -> bool:
 
 def _weights(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that does nothing but its product; None for any other."""
-    if layer.__class__ is not nn.Linear or _is_watched(layer):
+    if layer.__class__ is not nn.Linear or is_watched(layer):
         return None
     # By the registry, as an attribute of a module takes five times as long.
     weight, bias = layer._parameters.get("weight"), layer._parameters["bias"]

@@ -26,6 +26,7 @@ __all__ = [
     "LoRALinear",
     "called",
     "dropout",
+    "is_watched",
     "linear",
     "module_linear",
     "mount_custom_diffusion",
@@ -77,7 +78,7 @@ def called(layer: Any, x: Tensor) -> Tensor:
 
     That would be as much as a launch; hooks are honoured.
     """
-    if layer.__class__ is nn.Linear and not _is_watched(layer):
+    if layer.__class__ is nn.Linear and not is_watched(layer):
         held = layer._parameters
         weight = held.get("weight")
         # Sharded training holds it as an attribute.
@@ -115,7 +116,7 @@ def _goes_by_rows(x: Tensor, weight: Tensor) -> bool:
 _GLOBAL: Any = module
 
 
-def _is_watched(layer: Any) -> bool:
+def is_watched(layer: Any) -> bool:
     """Whether anything but `forward` happens where a layer is called."""
     return bool(
         layer._forward_hooks
@@ -137,7 +138,7 @@ def dropout(at: Site, x: Tensor) -> Tensor:
         layers = getattr(at.proc, "to_out_custom_diffusion", layers)
     drop: Any = layers._modules.get("1")
     # Looked at before it is called, since most have nothing to drop.
-    idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not _is_watched(drop)
+    idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_watched(drop)
     return x if drop is None or idle else drop(x)
 
 

@@ -48,7 +48,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 def only_causal(scoring: Scoring) -> bool:
     """Whether nothing masks but causality, if that."""
-    return scoring.mask is None and scoring.window is None and not scoring.mods
+    return scoring.mask is None and scoring.window is None and len(scoring.mods) == 0
 
 
 def pinned(
