@@ -1,36 +1,17 @@
-"""The kernel of captured maps: interpreted in a process of its own, and compiled for a GPU."""
+"""The kernel of captured maps, compiled for a GPU without one; see test_interpreted."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, which is for Linux", allow_module_level=True)
 
-from test_fused import compiled
+from on_gpu import compiled
 
 from attnproc.kernels.triton import maps
-
-SUITE = Path(__file__).parent / "capture_suite.py"
-
-
-def test_the_interpreted_kernel_equals_plain_attention() -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(SUITE)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=SUITE.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stdout[-4000:]
-
 
 # Keys, channels and labels: SDXL's, all of its words, Stable Diffusion's deepest layers.
 SIZES = {"bf16": [(77, 64, 10), (77, 64, 77), (77, 160, 1)], "fp32": [(77, 64, 10)]}

@@ -1,58 +1,13 @@
-"""Fused kernels: interpreted in a process of its own, and compiled for a GPU without one."""
+"""Fused kernels, compiled for a GPU without one; see test_interpreted."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
+from on_gpu import NEEDS_TRITON, compiled
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux"
-)
-SUITE = Path(__file__).parent / "fused_suite.py"
-
-
-def test_the_interpreted_kernels_equal_the_composed_parts() -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(SUITE)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=SUITE.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stdout[-4000:]
-
-
-def compiled(
-    launcher: Any,
-    fixed: tuple[Any, ...],
-    types: dict[str, str],
-    absent: Sequence[str] = (),
-    ones: Sequence[str] = (),
-) -> Any:
-    """The kernel's binary for an H100, made here.
-
-    Triton compiles a pointer that is absent and a number that is one as constants.
-    """
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = launcher.kernel
-    names = kernel.arg_names
-    # Arguments of compilation are the last ones.
-    constants = dict(zip(names[-len(fixed) :], fixed, strict=True)) | dict.fromkeys(absent)
-    constants |= dict.fromkeys(ones, 1)
-    constants = {name: constants[name] for name in names if name in constants}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    return compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+pytestmark = NEEDS_TRITON
 
 
 TURNS = {

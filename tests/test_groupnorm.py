@@ -1,32 +1,11 @@
-"""Group norm to tokens: interpreted in a process of its own, and compiled for a GPU."""
+"""Group norm to tokens, compiled for a GPU without one; see test_interpreted."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from test_fused import compiled
+from on_gpu import NEEDS_TRITON, compiled
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux"
-)
-SUITE = Path(__file__).parent / "groupnorm_suite.py"
-
-
-def test_the_interpreted_kernels_equal_the_norm() -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(SUITE)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=SUITE.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stdout[-4000:]
+pytestmark = NEEDS_TRITON
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

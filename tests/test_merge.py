@@ -62,7 +62,7 @@ def test_the_interpreted_kernel_equals_the_plain_form() -> None:
 
 @pytest.mark.parametrize("out", ["bf16", "fp32"])
 def test_the_kernel_compiles_for_a_gpu(out: str) -> None:
-    from test_fused import compiled
+    from on_gpu import compiled
 
     from attnproc.kernels.triton import merge
 

@@ -1,36 +1,15 @@
-"""DC-AE's fused kernels: interpreted in a process of its own, and compiled without a GPU."""
+"""DC-AE's fused kernels, compiled for a GPU without one; see test_interpreted."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from test_fused import compiled
+from on_gpu import NEEDS_TRITON, compiled
 
 from attnproc.attention import SanaMultiscaleLinearAttention
 from attnproc.kernels.fusing import use_fused
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux"
-)
-SUITE = Path(__file__).parent / "multiscale_suite.py"
-
-
-def test_the_interpreted_kernels_equal_the_composed_parts() -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(SUITE)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=SUITE.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stdout[-4000:]
+pytestmark = NEEDS_TRITON
 
 
 @pytest.mark.parametrize(("dtype", "size", "dim"), [("bf16", 5, 32), ("fp32", 3, 8)])

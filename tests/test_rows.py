@@ -1,32 +1,11 @@
-"""Keys and values of prompts by one launch: interpreted in a process apart, compiled for a GPU."""
+"""Keys and values of prompts by one launch, compiled for a GPU without one; see test_interpreted."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from test_fused import compiled
+from on_gpu import NEEDS_TRITON, compiled
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which is for Linux"
-)
-SUITE = Path(__file__).parent / "rows_suite.py"
-
-
-def test_the_interpreted_kernel_equals_the_layers() -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(SUITE)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=SUITE.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stdout[-4000:]
+pytestmark = NEEDS_TRITON
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
