@@ -1,4 +1,4 @@
-"""Keys and values of prompts by one launch, compiled for a GPU without one; see test_interpreted."""
+"""Keys and values of prompts by one launch, compiled for a GPU; see test_interpreted."""
 
 from __future__ import annotations
 
