@@ -6,14 +6,16 @@ one takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import pickle
+import random
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import attnproc
+from attnproc.parallel import copies
 from attnproc.parallel.check import Disagree
 from attnproc.parallel.config import spread_over
-from attnproc.parallel.exchange import Lost, shares, spans
+from attnproc.parallel.exchange import Axis, Lost, post, shares, spans
 from attnproc.verify.build import Result, Setting, build, evaluate
 from attnproc.verify.build import _leaves as leaves_of
 from attnproc.verify.check import quiet
@@ -77,6 +80,7 @@ def outcomes(ranks: int, names: Iterable[str]) -> dict[str, str]:
 
 def _run(rank: int, ranks: int, folder: str, names: list[str]) -> None:
     started(rank, ranks, folder, timeout=20)
+    os.environ["ATTNPROC_TEST_FOLDER"] = folder
     found: dict[str, str] = {}
     with installed(), quiet():
         for name in names:
@@ -565,6 +569,172 @@ MODELS = (
 )  # fmt: skip
 
 
+class Shared:
+    """Copies out of memory that processes share, in place of GPUs'."""
+
+    def __init__(self) -> None:
+        self.folder = os.environ["ATTNPROC_TEST_FOLDER"]
+        self.made: dict[Any, copies.Copies] = {}
+        self.posts = 0
+        self.queue: list[Any] = []
+        self.graph = False
+        self.random = random.Random(dist.get_rank())
+
+    def of(self, group: Any, device: torch.device) -> copies.Copies:
+        if group not in self.made:
+            self.made[group] = copies.Copies(self, self.memory, torch.device("cpu"))
+        return self.made[group]
+
+    def memory(self, group: Any, size: int) -> tuple[Any, list[Tensor]]:
+        ranks = dist.get_process_group_ranks(group)
+        _SHARED.append(None)
+        names = [f"{'-'.join(map(str, ranks))}.{rank}.{len(_SHARED)}" for rank in ranks]
+        paths = [Path(self.folder, name) for name in names]
+        paths[dist.get_rank(group)].write_bytes(bytes(size))
+        dist.barrier(group)
+        byte: Any = {"shared": True, "size": size, "dtype": torch.uint8}
+        return None, [torch.from_file(str(path), **byte) for path in paths]
+
+    def start(self, pairs: Any) -> Callable[[], None]:
+        """In order, as a stream of its own: soon, or only when it is waited for."""
+        self.posts += 1
+        self.queue.append(list(pairs))
+        mine = self.posts
+
+        def arrive() -> None:
+            while self.posts - len(self.queue) < mine:
+                for into, found in self.queue.pop(0):
+                    into.copy_(found)
+
+        if self.random.random() < 0.3:
+            arrive()
+        return arrive
+
+    def recording(self) -> bool:
+        return self.graph
+
+    def finish(self) -> None:
+        assert not self.queue
+
+
+_SHARED: list[None] = []
+
+
+@contextlib.contextmanager
+def shared_copies() -> Iterator[Shared]:
+    """Exchanges go by copies."""
+    found = Shared()
+    with (
+        mock.patch.dict(os.environ, {"ATTNPROC_COPIES": "1"}),
+        mock.patch("attnproc.parallel.copies.copies_of", found.of),
+    ):
+        yield found
+
+
+def by_copies(job: Job) -> None:
+    """A job of which exchanges go by copies."""
+    with shared_copies() as shared:
+        job()
+    assert shared.posts
+
+
+def round_four() -> None:
+    """A ring of which keys are passed on, forward and backward."""
+    torch.manual_seed(0)
+    attn = attnproc.Attention(
+        query_dim=24, heads=6, dim_head=4, processor=attnproc.AttnProcessor2_0()
+    ).double()
+    x = draw("four", "x", (2, 16, 24)).requires_grad_()
+    own = spans(shares(16, 4))[dist.get_rank()]
+    weight = draw("four", "loss", (2, 16, 24))
+    want = attn(x)
+    (grad,) = torch.autograd.grad((want * weight).sum(), x)
+    attnproc.parallelize(attn, mesh_of((("ring", 4),)), inside=False, text="split")
+    for _ in range(3):
+        got = attn(x[:, own])
+        close(got, want[:, own], "output")
+        (of_x,) = torch.autograd.grad((got * weight[:, own]).sum(), x)
+        dist.all_reduce(of_x)
+        close(of_x, grad, "gradient")
+
+
+def copies_in_flight() -> None:
+    """Rows of any lengths, several in flight; and what graphs do, which start with any slot."""
+    group, me, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    axis, draws = Axis(group, ranks, me), random.Random(7)
+    with shared_copies() as shared:
+        slots = shared.of(group, torch.device("cpu"))
+
+        def burst(first: int, length: int) -> None:
+            """So many exchanges, of which the copies are waited for in another order."""
+            flying: list[tuple[Any, Tensor]] = []
+            for n in range(first, first + length):
+                dtype = draws.choice((torch.float32, torch.int64, torch.bfloat16))
+                most = draws.choice((5, 1000, 40000 * (1 + n // 40)))
+                table = [[draws.randrange(most) for _ in range(ranks)] for _ in range(ranks)]
+                if n % 3 == 0:
+                    table[n % ranks] = [0] * ranks
+                way = copies.route(
+                    axis, lambda i, j, t=table: t[i][j], torch.empty(0, dtype=dtype)
+                )
+                assert way is not None
+                row = way.row(sum(table[me]), dtype)
+                full = [
+                    [_numbers(n, i, j, table[i][j], dtype) for j in range(ranks)]
+                    for i in range(ranks)
+                ]
+                row.copy_(torch.cat(full[me]))
+                coming = [of[me] for of in table]
+                want = torch.cat([of[me] for of in full])
+                flying.append((post(row, table[me], coming, axis, way=way), want))
+                if draws.random() < 0.3:
+                    got, want = flying.pop(draws.randrange(len(flying)))
+                    assert torch.equal(got.wait(), want)
+            for got, want in flying:
+                assert torch.equal(got.wait(), want)
+
+        for n in range(60):
+            burst(3 * n, draws.randrange(1, 6))
+        # A graph of an odd number of exchanges, replayed among others.
+        shared.graph = True
+        burst(0, 1)
+        start = slots._turn
+        for n in range(30):
+            shared.graph = n % 2 == 0
+            before = slots._turn
+            slots._turn = start if shared.graph else before
+            burst(3 * n, 3)
+            if shared.graph:
+                slots._turn = before
+
+
+def _numbers(n: int, one: int, other: int, count: int, dtype: torch.dtype) -> Tensor:
+    return ((torch.arange(count) + 31 * n + 7 * one + 3 * other) % 251).to(dtype)
+
+
+def copies_fail_alike() -> None:
+    """Where one rank can't share its memory none of them goes by copies."""
+    axis = Axis(dist.group.WORLD, dist.get_world_size(), dist.get_rank())
+
+    def memory(group: Any, size: int) -> Any:
+        if axis.rank == 1:
+            raise RuntimeError("no such memory")
+        return None, [torch.zeros(size, dtype=torch.uint8)] * axis.size
+
+    with shared_copies() as shared, mock.patch.object(shared, "memory", memory):
+        assert copies.route(axis, lambda i, j: 4, torch.zeros(1)) is None
+        assert shared.of(axis.group, torch.device("cpu")).why == "RuntimeError: no such memory"
+        assert copies.route(axis, lambda i, j: 4, torch.zeros(1)) is None
+
+
+def copies_without_gpus() -> None:
+    """By default, and without GPUs, nothing is asked of the other ranks."""
+    axis = Axis(dist.group.WORLD, dist.get_world_size(), dist.get_rank())
+    assert copies.route(axis, lambda i, j: 4, torch.zeros(1)) is None
+    with mock.patch.dict(os.environ, {"ATTNPROC_COPIES": "1"}):
+        assert copies.route(axis, lambda i, j: 4, torch.zeros(1)) is None
+
+
 def further() -> dict[int, dict[str, Job]]:
     """The jobs that are not of one configuration."""
     two: dict[str, Job] = {
@@ -601,7 +771,22 @@ def further() -> dict[int, dict[str, Job]]:
         two[f"masks-{kv_heads}"] = partial(kinds_of_masks, TOKENS, kv_heads, "split")
     for what in ("heads", "tokens", "dtype", "mask"):
         two[f"mismatch-{what}"] = partial(refuses_mismatch, what)
+    two |= {
+        "copies-flight": copies_in_flight,
+        "copies-fail": copies_fail_alike,
+        "copies-off": copies_without_gpus,
+        "copies-ulysses": partial(by_copies, partial(drop_in, 1, 2)),
+        "copies-ring": partial(by_copies, partial(drop_in, 2, 1)),
+    }
+    for heads, kv_heads, dim in ((12, 6, 4), (7, 7, 4), (9, 9, 3)):
+        job = partial(in_pieces, heads, kv_heads, dim, TOKENS)
+        two[f"copies-pieces-{heads}-{kv_heads}-{dim}"] = partial(by_copies, job)
     four: dict[str, Job] = {
+        "copies-flight": copies_in_flight,
+        "copies-pieces-14": partial(by_copies, partial(in_pieces, 14, 14, 4, FOUR)),
+        "copies-pieces-2": partial(by_copies, partial(in_pieces, 2, 2, 4, FOUR)),
+        "copies-both": partial(by_copies, partial(drop_in, 2, 2)),
+        "copies-ring": partial(by_copies, round_four),
         "drop_in-both": partial(drop_in, 2, 2),
         "pieces-14": partial(in_pieces, 14, 14, 4, FOUR),
         "pieces-2": partial(in_pieces, 2, 2, 4, FOUR),

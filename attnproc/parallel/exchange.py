@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
+from .copies import Route
+
 __all__ = [
     "ALONE",
     "Axis",
@@ -124,6 +126,7 @@ def post(
     coming: Sequence[int],
     axis: Axis,
     into: Tensor | None = None,
+    way: Route | None = None,
 ) -> Coming:
     """Starts to send the pieces of a row to the ranks.
 
@@ -133,10 +136,13 @@ def post(
         coming: How many come from each.
         axis: The ranks.
         into: Where they come to, for what is `direct`; else it is made.
+        way: The way by copies, in whose room the row then lies.
     """
     try:
         if direct(row):
             into = row.new_empty(sum(coming)) if into is None else into
+            if way is not None:
+                return Coming(into, axis, way.post(into, coming))
             # Less work for the CPU than torch's functional collectives.
             work = dist.all_to_all_single(
                 into, row, list(coming), list(going), axis.group, async_op=True

@@ -21,6 +21,7 @@ from ..kernels.fusing import fusable
 from ..kernels.reference import expand_heads, factor
 from ..kernels.takes import HALF
 from ..types import Scoring
+from .copies import Route, route
 from .exchange import Axis, Coming, post
 
 __all__ = ["Local", "Ring", "local_of", "merged"]
@@ -76,21 +77,21 @@ class _Ring(torch.autograd.Function):
         local: Local,
         wide: bool,
     ) -> Tensor:
-        of_k = _by_token(k, v)
+        rows, way = _rows(axis, k, v)
         total = torch.promote_types(q.dtype, torch.float32)
         summing = total if wide else q.dtype
         o = lse = rest = None
         for step in range(axis.size):
             last = step == axis.size - 1
             # Sent on before it is used, so that the next keys come while these are at work.
-            waiting = [] if last else _pass_on(of_k, axis)
-            some, of_some, *rest = local.forward(q, *of_k, scale)
+            waiting = [] if last else [_pass_on(row, axis, way) for row in rows]
+            some, of_some, *rest = local.forward(q, *_views(rows, k, v), scale)
             of_some = of_some.to(total)
             if o is None or lse is None:
                 o, lse = some, of_some
             else:
                 o, lse = merged(o, lse, some, of_some, summing, q.dtype if last else summing)
-            of_k = [at() for at in waiting]
+            rows = [coming.wait() for coming in waiting]
         assert o is not None
         assert lse is not None
         ctx.save_for_backward(q, k, v, o, lse)
@@ -110,14 +111,16 @@ class _Ring(torch.autograd.Function):
         dq = torch.zeros_like(q, dtype=summing)
         grads = [torch.zeros_like(t, dtype=summing) for t in of_k]
         for step in range(axis.size):
-            waiting = [] if step == axis.size - 1 else _pass_on(of_k, axis)
+            rows = [] if step == axis.size - 1 else [_row(t) for t in of_k]
+            waiting = [_pass_on(row, axis) for row in rows]
             of_q, *found = ctx.local.backward(do, q, *of_k, o, lse, ctx.scale, ctx.rest)
             dq += of_q
             for grad, more in zip(grads, found, strict=True):
                 grad += more
             # The gradients follow their keys, and are home after one more step.
-            grads = [at() for at in _pass_on(grads, axis)]
-            of_k = [at() for at in waiting]
+            home = [_pass_on(_row(t), axis) for t in grads]
+            grads = _views([coming.wait() for coming in home], k, v)
+            of_k = _views([coming.wait() for coming in waiting], k, v) if waiting else of_k
         dk, dv = grads
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
@@ -155,19 +158,43 @@ def _by_token(*tensors: Tensor) -> list[Tensor]:
     return [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
 
 
-def _pass_on(tensors: Sequence[Tensor], axis: Axis) -> list[Callable[[], Tensor]]:
-    """Sends tensors of `_by_token` to the next rank; what comes waits for those of the last."""
+def _row(t: Tensor) -> Tensor:
+    """The numbers of a tensor of `_by_token` as they lie in memory."""
+    return t.transpose(1, 2).reshape(-1)
+
+
+def _rows(axis: Axis, k: Tensor, v: Tensor) -> tuple[list[Tensor], Route | None]:
+    """Own keys and values as what travels: a row of each, or one of both that copies carry."""
+    total = k.numel() + v.numel()
+    if k.dtype == v.dtype:
+        way = route(axis, partial(_sent, axis.size, total), k)
+        if way is not None:
+            row = way.row(total, k.dtype)
+            for room, t in zip(_views([row], k, v), (k, v), strict=True):
+                room.copy_(t)
+            return [row], way
+    return [_row(t) for t in _by_token(k, v)], None
+
+
+def _sent(ranks: int, count: int, one: int, other: int) -> int:
+    """How many numbers a rank has for another one, with so many that travel."""
+    return count if other == (one + 1) % ranks else 0
+
+
+def _views(rows: Sequence[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:
+    """Keys and values of rows, shaped as own ones."""
+    parts = rows if len(rows) == 2 else rows[0].split([k.numel(), v.numel()])
+    shapes = [t.transpose(1, 2).shape for t in (k, v)]
+    return [part.view(shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _pass_on(row: Tensor, axis: Axis, way: Route | None = None) -> Coming:
+    """Sends a row to the next rank; what comes is that of the last."""
     going, coming = [0] * axis.size, [0] * axis.size
-    found: list[Callable[[], Tensor]] = []
-    for t in tensors:
-        row = t.transpose(1, 2).reshape(-1)
-        going[(axis.rank + 1) % axis.size] = coming[axis.rank - 1] = row.numel()
-        found.append(partial(_passed, post(row, going, coming, axis), t.transpose(1, 2).shape))
-    return found
-
-
-def _passed(coming: Coming, shape: Sequence[int]) -> Tensor:
-    return coming.wait().view(shape).transpose(1, 2)
+    going[(axis.rank + 1) % axis.size] = coming[axis.rank - 1] = row.numel()
+    # Where it comes to it is sent on from.
+    into = None if way is None else way.next_row(row.numel(), row.dtype)
+    return post(row, going, coming, axis, into, way)
 
 
 def local_of(kernel: Kernel, q: Tensor, v: Tensor) -> Local | None:

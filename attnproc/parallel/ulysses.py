@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..types import KernelCall, Scoring
+from .copies import route
 from .exchange import Axis, Coming, direct, post, spans
 from .spread import Heads, some_heads
 
@@ -119,13 +121,20 @@ class Exchanged:
             row = torch.cat(others)
             at = post(row, sizes, coming, self.axis)
             return _Bundle(at, torch.cat(pieces[me], dim=2), counts, dtype)
-        row = tensors[0].new_empty(sum(sizes))
-        whole = tensors[0].new_empty(sum(tokens), *shape)
+        like = tensors[0]
+        of_each = [batch * dim * sum(len(of[r]) for of in heads) for r in range(self.axis.size)]
+        way = route(self.axis, partial(_sent, tokens, of_each), like)
+        row = like.new_empty(sum(sizes)) if way is None else way.row(sum(sizes), like.dtype)
+        whole = like.new_empty(sum(tokens), *shape)
         for piece, span in zip(pieces, spans(sizes), strict=True):
             if span.stop > span.start:
                 torch.cat(piece, dim=2, out=row[span].view(own, batch, -1, dim))
-        at = post(row, sizes, coming, self.axis, into=whole[own:].view(-1))
-        torch.cat(pieces[me], dim=2, out=whole[:own])
+        # Copies of the exchange before are waited for by `post`, so there is no hiding behind it.
+        if way is not None:
+            torch.cat(pieces[me], dim=2, out=whole[:own])
+        at = post(row, sizes, coming, self.axis, whole[own:].view(-1), way)
+        if way is None:
+            torch.cat(pieces[me], dim=2, out=whole[:own])
         return _Bundle(at, whole, counts, dtype)
 
     def _post_back(self, o: Tensor, part: Part) -> tuple[Tensor, Coming, Part]:
@@ -137,7 +146,16 @@ class Exchanged:
         sizes = [each * whole.shape[2] * count for count in self.queries]
         coming = [each * own * len(of.queries) if of.own else 0 for of in part]
         coming[me] = sizes[me] = 0
-        return whole[:own], post(whole[own:].reshape(-1), sizes, coming, self.axis), part
+        others, way = whole[own:], None
+        if direct(o):
+            of_each = [each * len(of.queries) if of.own else 0 for of in part]
+            way = route(self.axis, partial(_sent_back, self.queries, of_each), whole)
+        if way is None:
+            row = others.reshape(-1)
+        else:
+            row = way.row(others.numel(), others.dtype)
+            row.view(others.shape).copy_(others)
+        return whole[:own], post(row, sizes, coming, self.axis, way=way), part
 
     def _home(self, own: Tensor, coming: Coming, part: Part) -> list[Tensor]:
         """Own tokens ``[S, B, h, D]`` of the heads of each rank."""
@@ -167,6 +185,16 @@ class _Bundle(NamedTuple):
         if self.coming.work is None:
             whole = torch.cat((whole, row.view(-1, *whole.shape[1:])))
         return _as(self.dtype, whole).split(self.counts, dim=2)
+
+
+def _sent(tokens: Sequence[int], of_each: Sequence[int], one: int, other: int) -> int:
+    """How many numbers of its own tokens one rank has for another's heads."""
+    return 0 if one == other else tokens[one] * of_each[other]
+
+
+def _sent_back(tokens: Sequence[int], of_each: Sequence[int], one: int, other: int) -> int:
+    """How many numbers of its own heads one rank has for another's tokens."""
+    return _sent(tokens, of_each, other, one)
 
 
 def _words(t: Tensor) -> Tensor:
