@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,6 +100,8 @@ def measured(
         transient=True,
     )
     failed = False
+    # What is imported is not looked through at every collection.
+    gc.freeze()
     with bar:
         task = bar.add_task("", total=len(things))
         for thing in things:
