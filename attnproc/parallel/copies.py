@@ -28,7 +28,7 @@ from torch import Tensor
 __all__ = ["Copies", "Pull", "Route", "Side", "copies_of", "route", "why_not"]
 
 # "1" to copy where it can be done, unless ATTNPROC_COPIES says otherwise.
-_DEFAULT = "0"
+_DEFAULT = "1"
 # Symmetric memory comes in pieces of so many bytes.
 _PIECE = 1 << 21
 
