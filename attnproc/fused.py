@@ -19,6 +19,7 @@ from .types import QKV, Streams
 __all__ = ["fused"]
 
 _NEITHER = (None, None)
+_NO_NORMS = Norms()
 _NO_NORM = Formula("none", None, None, 0.0, False)
 
 
@@ -36,7 +37,9 @@ def fused(
     image, text = streams
     if not fusable(image.q):
         return None
-    if text is None and norms.image == _NEITHER and tables[0] is None and tables[1] is None:
+    whole = text is None or image.k is None or image.k.is_contiguous()
+    if norms == _NO_NORMS and tables == _NEITHER and whole:
+        # At most a join is left, which torch does as fast.
         return None
     if not _takes(image, text):
         return None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .fused_prompts import attended, projected
+from .fused_prompts import attended
 from .linears import called
 from .modules import RMSNorm
 from .norms import Norms
@@ -77,16 +77,11 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     q = laid(Streams(QKV(raw.q, None, None)), Norms((norm_q, None))).q.transpose(
         1, 2
     )  # [B, H, S, D]
-    prompts: list[Prompt] = []
+    branches: list[Branch] = []
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):
             layers = proc.to_k_ip._modules[str(i)], proc.to_v_ip._modules[str(i)]
-            prompts.append(
-                Prompt(layers, state.flatten(1, -2) if mask is None else state, scale, mask)
-            )
-    branches: list[Branch] = []
-    for prompt, pair in zip(prompts, _keys_and_values(prompts, q), strict=True):
-        branches += _branches(prompt, *pair, q)
+            branches += _branches(layers, state, scale, mask, q)
 
     scoring = Scoring(scale=at.recipe.scale(at))
     total = attended(branches, q, kernel, scoring)
@@ -97,15 +92,6 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     return total
 
 
-class Prompt(NamedTuple):
-    """The layers for keys and values, and states ``[B, tokens, C]``, with a mask one an image."""
-
-    layers: tuple[nn.Module, nn.Module]
-    state: Tensor
-    scale: Scale
-    mask: Tensor | None
-
-
 class Branch(NamedTuple):
     """Keys and values ``[B, H, tokens, D]`` under one softmax, and their weight."""
 
@@ -114,31 +100,28 @@ class Branch(NamedTuple):
     weight: float | Tensor
 
 
-def _keys_and_values(prompts: list[Prompt], q: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values ``[..., H, tokens, D]`` of each prompt."""
-    pairs = projected([prompt.layers for prompt in prompts], [prompt.state for prompt in prompts])
-    if pairs is None:
-        pairs = [(called(p.layers[0], p.state), called(p.layers[1], p.state)) for p in prompts]
-    return [
-        (_heads(k, prompt.state, q), _heads(v, prompt.state, q))
-        for (k, v), prompt in zip(pairs, prompts, strict=True)
-    ]
-
-
-def _heads(x: Tensor, state: Tensor, q: Tensor) -> Tensor:
-    """``[..., H, tokens, D]`` of the rows of a state ``[..., tokens, C]``."""
-    x = x.view(*state.shape[:-1], -1, q.shape[3]).transpose(-2, -3)
-    return x if x.dtype == q.dtype else x.to(q.dtype)
-
-
-def _branches(prompt: Prompt, k: Tensor, v: Tensor, q: Tensor) -> list[Branch]:
+def _branches(
+    layers: tuple[nn.Module, nn.Module],
+    state: Tensor,
+    scale: Scale,
+    mask: Tensor | None,
+    q: Tensor,
+) -> list[Branch]:
     """One branch for a prompt; with a mask one for each of its images."""
-    scale, mask = prompt.scale, prompt.mask
     if mask is None:
+        k, v = (_keys(layer, state.flatten(1, -2), q) for layer in layers)
         return [Branch(k, v, amount(scale))]
-    scales = scale if isinstance(scale, list | tuple) else [scale] * k.shape[1]
+    k, v = (_keys(layer, state, q).unbind(1) for layer in layers)
+    scales = scale if isinstance(scale, list | tuple) else [scale] * len(k)
     weights = (amount(s) * r for s, r in zip(scales, _regions(mask, q), strict=True))
-    return [Branch(*branch) for branch in zip(k.unbind(1), v.unbind(1), weights, strict=True)]
+    return [Branch(*branch) for branch in zip(k, v, weights, strict=True)]
+
+
+def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
+    """``[..., H, tokens, D]`` of states ``[..., tokens, C]``."""
+    found = called(layer, tokens)
+    found = found.view(*found.shape[:-1], -1, q.shape[3]).transpose(-2, -3)
+    return found if found.dtype == q.dtype else found.to(q.dtype)
 
 
 def _composed(
