@@ -57,13 +57,7 @@ class Launcher:
             with torch.cuda.device(first.device):
                 self._launch(grid, tensors, numbers, fixed)
 
-    def _launch(
-        self,
-        grid: tuple[int, int],
-        tensors: tuple[Tensor | None, ...],
-        numbers: tuple[int | float, ...],
-        fixed: tuple[Any, ...],
-    ) -> None:
+    def _launch(self, grid: Any, tensors: Any, numbers: Any, fixed: Any) -> None:
         pointers: list[int | None] = []
         kinds: list[Any] = []
         together = 0
