@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels.fusing import fusable
+from .kernels.fusing import alike, fusable, keeps_nothing
 from .linears import is_watched
 from .shapes import from_grid, to_grid
 from .types import Site
@@ -160,16 +160,10 @@ def _over_channels(norm: Any, x: Tensor) -> Tensor:
 def _is_plain(norm: Any, x: Tensor) -> bool:
     """Whether a norm does nothing but its formula here, in the dtype of `x`, without gradients."""
     # The compiler makes one kernel of a norm and what is around it.
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if not keeps_nothing() or type(norm) is not nn.GroupNorm or is_watched(norm):
         return False
-    if type(norm) is not nn.GroupNorm or is_watched(norm):
-        return False
-    weights: list[Any] = [norm.weight, norm.bias]
-    same = all(
-        w is None
-        or (type(w) in (Tensor, nn.Parameter) and w.dtype == x.dtype and w.device == x.device)
-        for w in weights
-    )
+    weights: tuple[Any, ...] = norm.weight, norm.bias
+    same = all(w is None or alike(w, x) for w in weights)
     return same and not torch.is_autocast_enabled(x.device.type)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.fusing import fusable
+from .kernels.fusing import fusable, keeps_nothing
 from .norms import Formula, Norms, formula
 from .rotary import Rotary, Table, table_of
 from .types import QKV, Streams
@@ -155,7 +155,7 @@ def _laid(
         if then is None:
             return x
         # torch's own join is as fast for whole tensors, and gives gradients as views.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_contiguous():
+        if not keeps_nothing() or x.is_contiguous():
             return torch.cat((x, then), dim=1)
     one, other = n0 or _NO_NORM, n1 or _NO_NORM
     kinds = KINDS.index(one.kind), KINDS.index(other.kind)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels.fusing import fusable
+from .kernels.fusing import alike, fusable
 from .linears import is_watched, module_linear
 from .norms import formula
 from .types import Site
@@ -125,7 +125,6 @@ def _weight(layer: Any, kind: type[nn.Module], like: Tensor) -> Tensor | None:
     # By the registry, as an attribute of a module takes five times as long.
     held = layer._parameters
     weight = held.get("weight")
-    if held.get("bias") is not None or weight.__class__ not in (Tensor, nn.Parameter):
+    if held.get("bias") is not None or not alike(weight, like):
         return None
-    same = weight.dtype is like.dtype and weight.get_device() == like.get_device()
-    return weight if same and weight.is_contiguous() else None
+    return weight if weight.is_contiguous() else None

@@ -148,9 +148,8 @@ def _parts(mask: Tensor | MaskKind) -> tuple[Tensor | MaskKind, ...]:
 
 
 def _room(at: Site, arranged: Arranged) -> Room:
-    # Rows that perturbation leaves unasked have values alone.
     heads, queries = arranged.q.shape[1:3]
-    # Queries or values may be those of the rows alone that matter.
+    # Rows that perturbation leaves unasked have values alone, later frames queries alone.
     batch = max(arranged.q.shape[0], arranged.v.shape[0])
     # Guidance by perturbation may be given the mask of the unperturbed rows alone.
     parts: list[Any] = [w for w in at.recipe.around if hasattr(w, "plain")]

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels.fusing import keeps_nothing
 from .types import QKV, Site
 
 __all__ = ["Rotary", "Table", "axes", "complex_pairs", "halves", "pairs", "per_head", "table_of"]
@@ -56,7 +57,7 @@ class Rotary:
 
 def pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Neighbouring channels; `table` is cos and sin ``[S, D]`` (CogVideoX, Flux, Hunyuan-DiT)."""
-    if _keeps_nothing():
+    if keeps_nothing():
         return _turn_pairs(x, table)
     real, imag = x.unflatten(-1, (-1, 2)).unbind(-1)
     return _turn(x, torch.stack((-imag, real), dim=-1).flatten(-2), table)
@@ -74,7 +75,7 @@ def halves(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 def per_head(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Neighbouring channels, other angles a head: cos and sin are ``[S, H, D/2]`` (Mochi)."""
     cos, sin = table
-    if _keeps_nothing():
+    if keeps_nothing():
         wide = torch.view_as_complex(_wide(x).unflatten(-1, (-1, 2)).contiguous())
         turned = wide * torch.complex(cos.to(wide.real.dtype), sin.to(wide.real.dtype))
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
@@ -149,11 +150,6 @@ def table_of(form: Callable[[Tensor, Any], Tensor], table: Any) -> Table | None:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _keeps_nothing() -> bool:
-    """Whether nothing is kept for gradients or a graph, so that results may be changed."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _turn_pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, Case, each, stand_ins
+from spies import spied
 from torch import Tensor
 
 from attnproc import IPAdapterAttnProcessor2_0
@@ -130,10 +131,7 @@ def prompted(tokens: tuple[int, ...] = (3, 2)) -> tuple[Any, dict[str, Any]]:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    calls: list[Any] = []
-    plain = branches.attended
-    monkeypatch.setattr(branches, "attended", lambda *args: calls.append(args) or plain(*args))
-    return calls
+    return spied(monkeypatch, branches, "attended")
 
 
 def test_a_layer_takes_one_launch_and_gives_what_the_composed_way_gives(

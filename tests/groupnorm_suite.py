@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case, each, stand_ins
+from spies import spied
 from torch import Tensor, nn
 
 from attnproc import AttnProcessor2_0, frame
@@ -40,10 +41,7 @@ def drawn(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    calls: list[Any] = []
-    plain = groupnorm.group_norm
-    monkeypatch.setattr(groupnorm, "group_norm", lambda *args: calls.append(args) or plain(*args))
-    return calls
+    return spied(monkeypatch, groupnorm, "group_norm")
 
 
 def over_channels(norm: nn.Module, x: Tensor) -> Tensor:

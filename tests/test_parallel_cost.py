@@ -40,7 +40,7 @@ def test_the_times_of_two_gpus() -> None:
         found = cost(model, split, machine).total * 1e3
         assert found == pytest.approx(row["graph"], rel=0.12), row
         eager = cost(model, split)
-        # What Python takes is another host's each time: only that it is the larger part is compared.
+        # What Python takes is another host's each time: that it is the larger part is compared.
         if eager.total == eager.host:
             assert row["ms"] > 1.3 * row["graph"], row
         elif factor == 1.0:

@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .takes import missing
 
-__all__ = ["fusable", "use_fused"]
+__all__ = ["alike", "fusable", "keeps_nothing", "use_fused"]
 
 # Not part of torch's typed interface.
 _TORCH: Any = torch
@@ -42,3 +42,14 @@ def fusable(x: Tensor) -> bool:
         _TORCH._C._are_functorch_transforms_active()
     )
     return not transformed and not missing("triton", "")
+
+
+def keeps_nothing() -> bool:
+    """Whether nothing is kept for gradients or a graph, so that results may be changed."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def alike(weight: Any, x: Tensor) -> bool:
+    """Whether a weight is an ordinary tensor of the dtype and on the device of `x`."""
+    plain = weight.__class__ in (Tensor, nn.Parameter)
+    return plain and weight.dtype is x.dtype and weight.get_device() == x.get_device()

@@ -27,8 +27,6 @@ from torch import Tensor
 
 __all__ = ["Copies", "Pull", "Route", "Side", "copies_of", "route", "why_not"]
 
-# "1" to copy where it can be done, unless ATTNPROC_COPIES says otherwise.
-_DEFAULT = "1"
 # Symmetric memory comes in pieces of so many bytes.
 _PIECE = 1 << 21
 
@@ -220,7 +218,7 @@ def route(axis: Any, sent: Callable[[int, int], int], like: Tensor) -> Route | N
     """
     if axis.size == 1 or torch.compiler.is_compiling():
         return None
-    if os.environ.get("ATTNPROC_COPIES", _DEFAULT) == "0":
+    if os.environ.get("ATTNPROC_COPIES") == "0":
         return None
     copies = copies_of(axis.group, like.device)
     if copies is None or copies.why:

@@ -1,9 +1,9 @@
 """A kernel that exchanges tokens for heads and back, for calls that nothing but it looks at.
 
 The order of a sequence does not matter there: a rank's own tokens stand first and are never sent,
-and what comes from the others is used as it lies. Heads go in parts: the exchange of a part hides
-behind the attention of the one before, that of the small first one behind the copying of the rest.
-Source: https://arxiv.org/abs/2309.14509
+and what comes from the others is used as it lies. Heads go in parts: where copies carry it, the
+exchange of a part hides behind the attention of the one before, that of the small first one behind
+the copying of the rest. Source: https://arxiv.org/abs/2309.14509
 """
 
 from __future__ import annotations

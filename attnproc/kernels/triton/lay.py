@@ -422,7 +422,7 @@ class _Lay(torch.autograd.Function):
     """The operator without its dispatch, which costs the CPU more than the launch."""
 
     @staticmethod
-    def forward(x: Tensor, then: Tensor | None, *rest: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(x: Tensor, then: Tensor | None, *rest: Any) -> Tensor:
         *weights, cos, sin, how = rest
         return _launch(x, then, how, tuple(weights), (cos, sin))
 

@@ -205,7 +205,7 @@ class _Linear(torch.autograd.Function):
     """The operator without its dispatch, which costs the CPU more than the launches."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, ...]:
         return tuple(_forward(q, k, v, eps))
 
     @staticmethod
