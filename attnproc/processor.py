@@ -42,6 +42,13 @@ class Processor(Verbs, nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        called: Any = cls.__dict__.get("__call__")
+        if called is not None:
+            # diffusers asks for it before every call, which takes as long as two launches.
+            called.__signature__ = inspect.signature(called)
+
     def run(self, attn: Any, call: Call) -> Any:
         """Runs the line for one call."""
         return attend(self.recipe, self, attn, call)
