@@ -26,6 +26,7 @@ __all__ = [
     "LoRALinear",
     "called",
     "dropout",
+    "held",
     "is_watched",
     "linear",
     "module_linear",
@@ -49,8 +50,9 @@ PROJECTIONS = (
 
 _NO_MODULES: dict[str, Any] = {}
 
-# Above so many launches, or below so many tokens, a copy takes less time.
-_ROWS, _TOKENS = 4, 512
+# Above so many launches, or below so many tokens, a copy takes less time: a product of fewer rows
+# is over before the CPU has launched the next one.
+_ROWS, _TOKENS = 4, 2048
 
 
 def linear(at: Site, name: str, x: Tensor, y: Any = None) -> Tensor:
@@ -64,13 +66,20 @@ def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
     """The attention module's own layer."""
     if y is not None:
         return y
-    # Straight from the registry: asking the module costs a failed look-up first.
-    layer: Any = at.attn.__dict__.get("_modules", _NO_MODULES).get(name)
+    layer = held(at.attn, name)
     if layer is None:
+        # The module says by name what it has not got.
         layer = getattr(at.attn, name)
     if layer.__class__ is nn.ModuleList:
         layer = layer._modules["0"]
     return called(layer, x)
+
+
+def held(attn: Any, name: str) -> Any:
+    """A layer of an attention module; None where it has none."""
+    # Straight from the registry: asking the module costs a failed look-up first.
+    layer = attn.__dict__.get("_modules", _NO_MODULES).get(name)
+    return getattr(attn, name, None) if layer is None else layer
 
 
 def called(layer: Any, x: Tensor) -> Tensor:
@@ -78,13 +87,16 @@ def called(layer: Any, x: Tensor) -> Tensor:
 
     That would be as much as a launch; hooks are honoured.
     """
-    if layer.__class__ is nn.Linear and not is_watched(layer):
-        held = layer._parameters
-        weight = held.get("weight")
+    # Compiled code has no such cost, but a guard for whatever is looked at.
+    if torch.compiler.is_compiling() or layer.__class__ is not nn.Linear or is_watched(layer):
+        return layer(x)
+    held = layer._parameters
+    weight = held.get("weight")
+    if weight is None:
         # Sharded training holds it as an attribute.
-        if weight is not None:
-            return _product(x, weight, held["bias"])
-    return layer(x)
+        return layer(x)
+    bias = held["bias"]
+    return F.linear(x, weight, bias) if x.is_contiguous() else _product(x, weight, bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,7 +104,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Those torch would copy together, and add the bias in a pass of its own.
     """
-    if x.ndim != 3 or x.is_contiguous() or torch.compiler.is_compiling():
+    if x.ndim != 3:
         return F.linear(x, weight, bias)
     if not _goes_by_rows(x, weight):
         return F.linear(x.contiguous(), weight, bias)
@@ -133,13 +145,17 @@ def is_watched(layer: Any) -> bool:
 
 def dropout(at: Site, x: Tensor) -> Tensor:
     """The dropout that comes with the output projection in use."""
-    layers = at.attn.to_out
+    layers = held(at.attn, "to_out")
     if at.recipe.linears[0] is not module_linear:
         layers = getattr(at.proc, "to_out_custom_diffusion", layers)
     drop: Any = layers._modules.get("1")
+    if drop is None:
+        return x
+    if torch.compiler.is_compiling():
+        return drop(x)
     # Looked at before it is called, since most have nothing to drop.
     idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_watched(drop)
-    return x if drop is None or idle else drop(x)
+    return x if idle else drop(x)
 
 
 class LoRALinear(nn.Module):

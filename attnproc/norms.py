@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .linears import held
 from .types import Site, Streams
 
 __all__ = [
@@ -37,15 +38,15 @@ _NOTHING = Norms()
 def each_its_own(at: Site, text: bool) -> Norms:
     """`norm_q`, `norm_k` for the image; `norm_added_q`, `norm_added_k` for the text."""
     attn = at.attn
-    image = getattr(attn, "norm_q", None), getattr(attn, "norm_k", None)
+    image = held(attn, "norm_q"), held(attn, "norm_k")
     if not text:
         return _NOTHING if image == (None, None) else Norms(image)
-    return Norms(image, (getattr(attn, "norm_added_q", None), getattr(attn, "norm_added_k", None)))
+    return Norms(image, (held(attn, "norm_added_q"), held(attn, "norm_added_k")))
 
 
 def one_for_both(at: Site, text: bool) -> Norms:
     """`norm_q`, `norm_k` for image and text."""
-    image = getattr(at.attn, "norm_q", None), getattr(at.attn, "norm_k", None)
+    image = held(at.attn, "norm_q"), held(at.attn, "norm_k")
     return Norms(image, image if text else (None, None))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .fused_grid import normed
-from .linears import dropout, linear
+from .linears import dropout, held, linear
 from .types import Site
 
 __all__ = ["grid_out", "prompt_apart", "raw_heads", "to_both", "to_out", "to_out_shared"]
@@ -29,7 +29,7 @@ def to_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
 def to_both(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """Each stream's own output projection, where the module has one."""
     image, text = to_out(at, o, span, extra)
-    if text is not None and getattr(at.attn, "to_add_out", None) is not None:
+    if text is not None and held(at.attn, "to_add_out") is not None:
         text = linear(at, "to_add_out", text)
     return image, text
 
@@ -83,6 +83,6 @@ def _parted(o: Tensor, span: Span, extra: Tensor | None) -> Pair:
 
 
 def _projected(at: Site, x: Tensor) -> Tensor:
-    if getattr(at.attn, "to_out", None) is None:
+    if held(at.attn, "to_out") is None:
         return x
     return dropout(at, linear(at, "to_out", x))
