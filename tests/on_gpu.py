@@ -28,7 +28,7 @@ def compiled(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = launcher.kernel
+    kernel = launcher.fn
     names = kernel.arg_names
     # Arguments of compilation are the last ones.
     constants = dict(zip(names[-len(fixed) :], fixed, strict=True)) | dict.fromkeys(absent)
