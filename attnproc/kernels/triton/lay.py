@@ -509,8 +509,9 @@ _operator.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _settings(x: Tensor, cos: Tensor | None, how: Lay) -> tuple[Any, ...]:
-    # Compiled code for any size is for one size of a head.
-    return _fixed(how, int(x.shape[2]), int(x.shape[3]), cos is not None and bool(cos.shape[2] > 1))
+    per_head = cos is not None and bool(cos.shape[2] > 1)
+    # Compiled code for any size is for one number of heads and channels.
+    return _fixed(how, int(x.shape[2]), int(x.shape[3]), per_head)
 
 
 @functools.lru_cache(maxsize=1024)

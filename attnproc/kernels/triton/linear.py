@@ -325,13 +325,11 @@ def _backward(
     if not q.numel():
         return [dq, dk.zero_(), dv.zero_()]
     tile = _tile(int(dim))
+    strides = (*grad.stride()[:3], *q.stride()[:3], *o.stride()[:3])
     back_queries(
         (rows, parts),
         (grad, q, o, state, total, dq, d_state, d_total),
-        (
-            queries, heads, state.shape[0], eps,
-            *grad.stride()[:3], *q.stride()[:3], *o.stride()[:3],
-        ),  # fmt: skip
+        (queries, heads, state.shape[0], eps, *strides),
         (*tile, walk),
     )
     back_keys(

@@ -7,8 +7,6 @@ its convolved copies, so that nothing is joined or turned afterwards.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -151,9 +149,7 @@ def normed_grid(
 
 # The products are written in place, of which compiled code would make a copy: left as it is.
 @torch.library.custom_op("attnproc::scaled_products", mutates_args=())
-def _operator(
-    x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]
-) -> Tensor:
+def _operator(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
     return _scaled(x, weights, taps, mixes)
 
 
