@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .kernels import AUTO
-from .kernels.fusing import fusable, keeps_nothing
+from .kernels.fusing import fusable
 from .kernels.tuned import is_tuned
 from .types import KernelCall, Scoring
 
@@ -24,7 +25,7 @@ def attended(
     branches: Sequence[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring
 ) -> Tensor | None:
     """The weighted sum ``[B, S, H*D]`` of attention to each branch; None where no kernel can."""
-    if not keeps_nothing() or not fusable(q) or isinstance(scoring.scale, Tensor):
+    if torch.is_grad_enabled() or not fusable(q) or isinstance(scoring.scale, Tensor):
         return None
     if kernel != AUTO or is_tuned(q.device.type):
         return None

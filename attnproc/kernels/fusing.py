@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .takes import missing
 
-__all__ = ["alike", "fusable", "keeps_nothing", "use_fused"]
+__all__ = ["INTERPRETED", "alike", "fusable", "keeps_nothing", "use_fused"]
 
 # Not part of torch's typed interface.
 _TORCH: Any = torch
@@ -18,7 +18,7 @@ _TORCH: Any = torch
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Triton's interpreter runs the kernels on a CPU, for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _wanted = os.environ.get("ATTNPROC_FUSED", "1") != "0"
 
 
@@ -35,7 +35,7 @@ def use_fused(wanted: bool) -> None:
 
 def fusable(x: Tensor) -> bool:
     """Whether a tensor is of a kind that the kernels take, and they are wanted and there."""
-    if not (x.is_cuda or _INTERPRETED) or not _wanted or x.dtype not in _DTYPES:
+    if not (x.is_cuda or INTERPRETED) or not _wanted or x.dtype not in _DTYPES:
         return False
     # Transforms of `torch.func` ask for gradients behind the tensors' backs.
     transformed = not torch.compiler.is_compiling() and (

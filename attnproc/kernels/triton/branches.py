@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher
+from .launch import Launcher, Run, operator, wrap_triton
 
 __all__ = ["MOST", "Branch", "attended", "fits"]
 
@@ -140,11 +141,38 @@ def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tens
     Returns:
         ``[B, S, H*D]``, contiguous, in the dtype of `q`.
     """
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not torch.compiler.is_compiling():
+        return _launch(q, branches, factor)
+    keys, values, weights = zip(*map(_folded, branches), strict=True)
+    return torch.ops.attnproc.branches(q, keys, values, weights, factor)
+
+
+def _folded(branch: Branch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A branch without a number, of which there would be compiled code for each."""
+    k, v, weight = branch
+    if isinstance(weight, Tensor):
+        return k, v, weight
+    return k, v if weight == 1 else v * weight, None
+
+
+@operator("attnproc::branches")
+def _operator(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    weights: list[Tensor | None],
+    scale: float,
+) -> Tensor:
+    whole = [1.0 if weight is None else weight for weight in weights]
+    return _launch(q, list(zip(keys, values, whole, strict=True)), scale, wrap_triton(_attend))
+
+
+def _launch(q: Tensor, branches: Sequence[Branch], factor: float, run: Run = _attend) -> Tensor:
     batch, heads, length, dim = q.shape
     q = q if q.stride(3) == 1 else q.contiguous()
     o = q.new_empty(batch, length, heads * dim)
     tensors: list[Tensor | None] = [q, o]
-    factor = dim**-0.5 if scale is None else float(scale)
     numbers: list[int | float] = [length, *q.stride()[:3], factor]
     for branch in branches:
         pointers, settings = _arguments(*branch, length)
@@ -155,8 +183,9 @@ def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tens
     numbers += (0, 0, 0.0, 0, 0) * missing
     if o.numel():
         keys = max(k.shape[2] for k, _, _ in branches)
-        fixed = _fixed(heads, dim, keys, q.element_size())
-        _attend((-(-length // fixed[-1]), batch * heads), tuple(tensors), tuple(numbers), fixed)
+        # Compiled code for any size is for one size of a head and one number of keys.
+        fixed = _fixed(int(heads), int(dim), int(keys), q.element_size())
+        run((-(-length // fixed[-1]), batch * heads), tuple(tensors), tuple(numbers), fixed)
     return o
 
 

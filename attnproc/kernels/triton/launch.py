@@ -1,8 +1,11 @@
-"""Launches of Triton kernels without Triton's own look at every argument.
+"""Launches of Triton kernels without Triton's own look at every argument, and in compiled code.
 
 That look costs the CPU as much as several launches of torch's kernels. It says how a kernel is
 compiled, which depends on dtypes, on whole numbers and on whether pointers are multiples of 16
 bytes alone, so what it found serves every later launch with the same.
+
+Compiled code launches kernels itself: their operators are taken apart when a graph is made, since
+an operator in Python costs the CPU more than several launches each time that it runs.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Launcher"]
+from ..fusing import INTERPRETED
+
+__all__ = ["Launcher", "Run", "operator", "wrap_triton"]
 
 _ALIGNED = 15
 # How many launches are kept for a kernel; shapes of a model are few.
@@ -22,16 +28,21 @@ _MOST = 512
 # Since then a compiled kernel takes all arguments of its source, those of compilation too.
 _KNOWN = (3, 3) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (4,)
 
+Run = Callable[
+    [tuple[int, int], tuple[Tensor | None, ...], tuple[int | float, ...], tuple[Any, ...]], None
+]
+"""What runs a kernel, with the arguments of a `Launcher`."""
+
 
 class Launcher:
     """A Triton kernel that takes tensors first, then numbers, then arguments of compilation.
 
     Args:
-        kernel: What `triton.jit` gave.
+        fn: What `triton.jit` gave.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
         self.ready: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def __call__(
@@ -73,16 +84,49 @@ class Launcher:
                 # The kernel would read a pointer to another device's memory as its own.
                 kinds.append(tensor.get_device())
         if together & _ALIGNED or not _KNOWN:
-            self.kernel[grid](*tensors, *numbers, *fixed)
+            self.fn[grid](*tensors, *numbers, *fixed)
             return
         key = (grid, numbers, fixed, *kinds)
         run = self.ready.get(key)
         if run is not None:
             run(*pointers, *numbers, *fixed)
             return
-        compiled = self.kernel[grid](*tensors, *numbers, *fixed)
+        compiled = self.fn[grid](*tensors, *numbers, *fixed)
         # The interpreter compiles nothing.
         if compiled is not None:
             if len(self.ready) >= _MOST:
                 self.ready.clear()
             self.ready[key] = compiled[(*grid, 1)]
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes an operator of a function that allocates its outcome and runs kernels.
+
+    The function has its arguments' types spelled out for torch, and runs what `wrap_triton` gives.
+    It is the operator's fake too.
+    """
+    if not INTERPRETED:
+        return torch.library.triton_op(name, mutates_args=())
+
+    # There is nothing to compile in what the interpreter runs.
+    def opaque(function: Callable[..., Any]) -> Any:
+        made = torch.library.custom_op(name, function, mutates_args=())
+        made.register_fake(function)
+        return made
+
+    return opaque
+
+
+def wrap_triton(launcher: Launcher) -> Run:
+    """What runs a kernel inside an operator, where tensors may be those of a graph in the making.
+
+    It has the name of torch's own, of which torch looks for calls in the source of an operator:
+    compiled code that it kept is out of date when a kernel that it finds so has changed.
+    """
+    if INTERPRETED:
+        return lambda *args: None if isinstance(args[1][0], FakeTensor) else launcher(*args)
+    kernel: Any = torch.library.wrap_triton(launcher.fn)
+    if kernel is launcher.fn:
+        # The operator is called as it is.
+        return launcher
+    return lambda grid, tensors, numbers, fixed: kernel[grid](*tensors, *numbers, *fixed)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import Launcher
+from .launch import Launcher, Run, operator, wrap_triton
 
 __all__ = ["KINDS", "Lay", "lay"]
 
@@ -459,36 +459,39 @@ def _how(ints: list[int], eps: list[float]) -> Lay:
     )  # fmt: skip
 
 
-_TENSORS = "Tensor? then, Tensor? w0, Tensor? b0, Tensor? w1, Tensor? b1, Tensor? cos, Tensor? sin"
-torch.library.define("attnproc::lay", f"(Tensor x, {_TENSORS}, int[] how, float[] eps) -> Tensor")
-torch.library.define(
-    "attnproc::lay_back",
-    f"(Tensor grad, Tensor x, {_TENSORS}, int[] how, float[] eps) -> Tensor[]",
-)
+@operator("attnproc::lay")
+def _operator(
+    x: Tensor,
+    then: Tensor | None,
+    w0: Tensor | None,
+    b0: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    how: list[int],
+    eps: list[float],
+) -> Tensor:
+    run = wrap_triton(_forward)
+    return _launch(x, then, _how(how, eps), (w0, b0, w1, b1), (cos, sin), run)
 
 
-@torch.library.impl("attnproc::lay", "CompositeExplicitAutograd")
-def _(x: Tensor, then: Tensor | None, *rest: Any) -> Tensor:
-    *weights, cos, sin, how, eps = rest
-    return _launch(x, then, _how(how, eps), tuple(weights), (cos, sin))
-
-
-@torch.library.register_fake("attnproc::lay")
-def _(x: Tensor, then: Tensor | None, *rest: Any) -> Tensor:
-    more = 0 if then is None else then.shape[1]
-    return x.new_empty(x.shape[0], x.shape[1] + more, *x.shape[2:])
-
-
-@torch.library.impl("attnproc::lay_back", "CompositeExplicitAutograd")
-def _(grad: Tensor, x: Tensor, then: Tensor | None, *rest: Any) -> list[Tensor]:
-    *weights, cos, sin, how, eps = rest
-    return _launch_back(grad, x, then, _how(how, eps), tuple(weights), (cos, sin))
-
-
-@torch.library.register_fake("attnproc::lay_back")
-def _(grad: Tensor, x: Tensor, then: Tensor | None, *rest: Any) -> list[Tensor]:
-    like = (x, then, *rest[:4])
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in like]
+@operator("attnproc::lay_back")
+def _operator_back(
+    grad: Tensor,
+    x: Tensor,
+    then: Tensor | None,
+    w0: Tensor | None,
+    b0: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    how: list[int],
+    eps: list[float],
+) -> list[Tensor]:
+    run = wrap_triton(_backward)
+    return _launch_back(grad, x, then, _how(how, eps), (w0, b0, w1, b1), (cos, sin), run)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -502,7 +505,13 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *_needed(found, ctx), None, None
 
 
-torch.library.register_autograd("attnproc::lay", _differentiate, setup_context=_keep)
+_operator.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _settings(x: Tensor, cos: Tensor | None, how: Lay) -> tuple[Any, ...]:
+    per_head = cos is not None and bool(cos.shape[2] > 1)
+    # Compiled code for any size is for one number of heads and channels.
+    return _fixed(how, int(x.shape[2]), int(x.shape[3]), per_head)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -546,6 +555,7 @@ def _launch(
     how: Lay,
     weights: tuple[Tensor | None, ...],
     table: tuple[Tensor | None, Tensor | None],
+    run: Run = _forward,
 ) -> Tensor:
     batch, length, heads, dim = x.shape
     cos, sin, *steps = _angles(x, table)
@@ -555,11 +565,11 @@ def _launch(
     o = torch.empty((batch, length + more, heads, dim), dtype=x.dtype, device=x.device)
     if batch * (length + more):
         tokens = _tokens_of(how)
-        _forward(
+        run(
             (-(-length // tokens) + -(-more // tokens), batch),
             (x, then, o, *weights, cos, sin),
             (length, more, row, stride, row1, stride1, *steps, *how.eps),
-            _fixed(how, heads, dim, cos is not None and cos.shape[2] > 1),
+            _settings(x, cos, how),
         )
     return o
 
@@ -571,6 +581,7 @@ def _launch_back(
     how: Lay,
     weights: tuple[Tensor | None, ...],
     table: tuple[Tensor | None, Tensor | None],
+    run: Run = _backward,
 ) -> list[Tensor]:
     batch, length, heads, dim = x.shape
     cos, sin, *steps = _angles(x, table)
@@ -584,15 +595,15 @@ def _launch_back(
     dthen = None if then is None else then.new_empty(then.shape)
     w0, b0, w1, b1 = weights
     dw0, db0, dw1, db1 = parts = [
-        None if w is None else _zeros(w, batch * blocks[stream], how, heads, dim)
+        None if w is None else _room(w, batch * blocks[stream], how, heads, dim)
         for w, stream in ((w0, 0), (b0, 0), (w1, 1), (b1, 1))
     ]
     if grad.numel():
-        _backward(
+        run(
             (sum(blocks), batch),
             (grad, x, then, dx, dthen, w0, dw0, db0, w1, dw1, db1, cos, sin),
             (length, more, *grad.stride()[:3], row, stride, row1, stride1, *steps, *how.eps),
-            _fixed(how, heads, dim, cos is not None and cos.shape[2] > 1),
+            _settings(x, cos, how),
         )
     sums = [
         x.new_empty(0) if part is None or w is None else part.sum(0).view_as(w).to(w.dtype)
@@ -610,6 +621,6 @@ def _plain(x: Tensor) -> tuple[Tensor, int, int]:
     return x, *x.stride()[:2]
 
 
-def _zeros(w: Tensor, programs: int, how: Lay, heads: int, dim: int) -> Tensor:
+def _room(w: Tensor, programs: int, how: Lay, heads: int, dim: int) -> Tensor:
     """Room for what each program adds to the gradient of a weight."""
-    return w.new_zeros(programs, heads * dim if how.across else dim, dtype=torch.float32)
+    return w.new_empty(programs, heads * dim if how.across else dim, dtype=torch.float32)

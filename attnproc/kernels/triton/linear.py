@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import Launcher
+from .launch import Launcher, Run, operator, wrap_triton
 
 __all__ = ["linear_attention"]
 
@@ -75,13 +75,13 @@ def _sums(
 
 @triton.jit
 def _summed(
-    state, total, row, count, d, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr
+    state, total, row, count, d, parts, D: tl.constexpr, DP: tl.constexpr
 ):  # fmt: skip
     """The whole state ``[DP, DP]`` and normaliser ``[DP]`` of one head."""
     inside = (d < D)[:, None] & (d < D)[None, :]
     whole = tl.zeros((DP, DP), tl.float32)
     sums = tl.zeros((DP,), tl.float32)
-    for part in range(PARTS):
+    for part in range(parts):
         at = (part * count + row) * D
         whole += tl.load(state + at * D + d[:, None] * D + d[None, :], mask=inside, other=0.0)
         sums += tl.load(total + at + d, mask=d < D, other=0.0)
@@ -91,13 +91,13 @@ def _summed(
 @Launcher
 @triton.jit
 def _apply(
-    q, state, total, o, length, heads, eps, q_batch, q_head, q_token,
-    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr, PARTS: tl.constexpr,
+    q, state, total, o, length, heads, parts, eps, q_batch, q_head, q_token,
+    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Outputs of some tokens of one head."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DP)
-    whole, sums = _summed(state, total, row, tl.num_programs(0), d, D, DP, PARTS)
+    whole, sums = _summed(state, total, row, tl.num_programs(0), d, parts, D, DP)
     q = _head(q, row, heads, q_batch, q_head)
     o = _whole_head(o, row, heads, length, D)
     for first in range(0, WALK, T):
@@ -114,14 +114,14 @@ def _apply(
 @Launcher
 @triton.jit
 def _back_queries(
-    g, q, o, state, total, dq, d_state, d_total, length, heads, eps,
+    g, q, o, state, total, dq, d_state, d_total, length, heads, parts, eps,
     g_batch, g_head, g_token, q_batch, q_head, q_token, o_batch, o_head, o_token,
-    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some queries of one head, and their part of the sums' gradients."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DP)
-    whole, sums = _summed(state, total, row, tl.num_programs(0), d, D, DP, PARTS)
+    whole, sums = _summed(state, total, row, tl.num_programs(0), d, parts, D, DP)
     g = _head(g, row, heads, g_batch, g_head)
     q = _head(q, row, heads, q_batch, q_head)
     o = _head(o, row, heads, o_batch, o_head)
@@ -154,14 +154,14 @@ def _back_queries(
 @Launcher
 @triton.jit
 def _back_keys(
-    k, v, d_state, d_total, dk, dv, length, heads,
+    k, v, d_state, d_total, dk, dv, length, heads, parts,
     k_batch, k_head, k_token, v_batch, v_head, v_token,
-    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some keys and values of one head."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DP)
-    whole, sums = _summed(d_state, d_total, row, tl.num_programs(0), d, D, DP, PARTS)
+    whole, sums = _summed(d_state, d_total, row, tl.num_programs(0), d, parts, D, DP)
     k = _head(k, row, heads, k_batch, k_head)
     v = _head(v, row, heads, v_batch, v_head)
     dk = _whole_head(dk, row, heads, length, D)
@@ -220,36 +220,24 @@ class _Linear(torch.autograd.Function):
         return *(g.transpose(1, 2) for g in found), None
 
 
-_QKV = "Tensor q, Tensor k, Tensor v"
-_SAVED = "Tensor o, Tensor state, Tensor total"
-torch.library.define("attnproc::relu_linear", f"({_QKV}, float eps) -> Tensor[]")
-torch.library.define(
-    "attnproc::relu_linear_back", f"(Tensor grad, {_QKV}, {_SAVED}, float eps) -> Tensor[]"
-)
+@operator("attnproc::relu_linear")
+def _operator(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
+    return _forward(q, k, v, eps, (wrap_triton(_sums), wrap_triton(_apply)))
 
 
-@torch.library.impl("attnproc::relu_linear", "CompositeExplicitAutograd")
-def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
-    return _forward(q, k, v, eps)
-
-
-@torch.library.register_fake("attnproc::relu_linear")
-def _(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
-    batch, heads, queries, dim = q.shape
-    _, parts = _split(k.shape[2])
-    o = q.new_empty(batch, queries, heads, dim)
-    state = q.new_empty(parts, batch * heads, dim, dim, dtype=torch.float32)
-    return [o, state, state.new_empty(parts, batch * heads, dim)]
-
-
-@torch.library.impl("attnproc::relu_linear_back", "CompositeExplicitAutograd")
-def _(grad: Tensor, *rest: Any) -> list[Tensor]:
-    return _backward(grad, *rest)
-
-
-@torch.library.register_fake("attnproc::relu_linear_back")
-def _(grad: Tensor, *rest: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in rest[:3]]
+@operator("attnproc::relu_linear_back")
+def _operator_back(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    state: Tensor,
+    total: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    runs = wrap_triton(_back_queries), wrap_triton(_back_keys)
+    return _backward(grad, q, k, v, o, state, total, eps, runs)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
@@ -263,7 +251,7 @@ def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (*(g.transpose(1, 2) for g in found), None)
 
 
-torch.library.register_autograd("attnproc::relu_linear", _differentiate, setup_context=_keep)
+_operator.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -281,7 +269,14 @@ def _tile(dim: int) -> tuple[int, int, int]:
     return dim, max(16, 1 << (dim - 1).bit_length()), _TILE
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eps: float,
+    runs: tuple[Run, Run] = (_sums, _apply),
+) -> list[Tensor]:
+    sums, apply = runs
     q, k, v = _plain(q), _plain(k), _plain(v)
     batch, heads, queries, dim = q.shape
     keys, rows = k.shape[2], batch * heads
@@ -291,18 +286,18 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
     o = q.new_empty(batch, queries, heads, dim)
     if not o.numel():
         return [o, state, total]
-    tile = _tile(dim)
-    _sums(
+    tile = _tile(int(dim))
+    sums(
         (rows, parts),
         (k, v, state, total),
         (keys, heads, *k.stride()[:3], *v.stride()[:3]),
         (*tile, walk),
     )
-    _apply(
+    apply(
         (rows, -(-queries // _STEP)),
         (q, state, total, o),
-        (queries, heads, eps, *q.stride()[:3]),
-        (*tile, _STEP, parts),
+        (queries, heads, parts, eps, *q.stride()[:3]),
+        (*tile, _STEP),
     )
     return [o, state, total]
 
@@ -316,7 +311,9 @@ def _backward(
     state: Tensor,
     total: Tensor,
     eps: float,
+    runs: tuple[Run, Run] = (_back_queries, _back_keys),
 ) -> list[Tensor]:
+    back_queries, back_keys = runs
     q, k, v, grad, o = (_plain(t) for t in (q, k, v, grad.transpose(1, 2), o.transpose(1, 2)))
     batch, heads, queries, dim = q.shape
     keys, rows = k.shape[2], batch * heads
@@ -327,17 +324,18 @@ def _backward(
     d_total = state.new_empty(parts, rows, dim)
     if not q.numel():
         return [dq, dk.zero_(), dv.zero_()]
-    tile = _tile(dim)
-    _back_queries(
+    tile = _tile(int(dim))
+    strides = (*grad.stride()[:3], *q.stride()[:3], *o.stride()[:3])
+    back_queries(
         (rows, parts),
         (grad, q, o, state, total, dq, d_state, d_total),
-        (queries, heads, eps, *grad.stride()[:3], *q.stride()[:3], *o.stride()[:3]),
-        (*tile, walk, state.shape[0]),
+        (queries, heads, state.shape[0], eps, *strides),
+        (*tile, walk),
     )
-    _back_keys(
+    back_keys(
         (rows, -(-keys // _STEP)),
         (k, v, d_state, d_total, dk, dv),
-        (keys, heads, *k.stride()[:3], *v.stride()[:3]),
-        (*tile, _STEP, parts),
+        (keys, heads, parts, *k.stride()[:3], *v.stride()[:3]),
+        (*tile, _STEP),
     )
     return [dq, dk, dv]

@@ -7,15 +7,13 @@ its convolved copies, so that nothing is joined or turned afterwards.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...packing import joined
-from .launch import Launcher
+from .launch import Launcher, Run, operator, wrap_triton
 
 __all__ = ["normed_grid", "scaled_products"]
 
@@ -149,35 +147,23 @@ def normed_grid(
     return o.view(o.shape[0], *like.shape[2:], o.shape[2]).permute(0, 3, 1, 2)
 
 
-torch.library.define(
-    "attnproc::scaled_products",
-    "(Tensor x, Tensor[] weights, Tensor[] taps, Tensor[] mixes) -> Tensor",
-)
-torch.library.define(
-    "attnproc::normed_tokens",
-    "(Tensor y, Tensor? x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-)
+# The products are written in place, of which compiled code would make a copy: left as it is.
+@torch.library.custom_op("attnproc::scaled_products", mutates_args=())
+def _operator(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
+    return _scaled(x, weights, taps, mixes)
 
 
-@torch.library.impl("attnproc::scaled_products", "CompositeExplicitAutograd")
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return _scaled(x, *rest)
-
-
-@torch.library.register_fake("attnproc::scaled_products")
+@_operator.register_fake
 def _(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
     total = sum(weight.shape[0] for weight in weights) * (1 + len(taps))
     return x.new_empty(x.shape[0], x.shape[2] * x.shape[3], total)
 
 
-@torch.library.impl("attnproc::normed_tokens", "CompositeExplicitAutograd")
-def _(y: Tensor, *rest: Any) -> Tensor:
-    return _normed(y, *rest)
-
-
-@torch.library.register_fake("attnproc::normed_tokens")
-def _(y: Tensor, *rest: Any) -> Tensor:
-    return y.new_empty(y.shape)
+@operator("attnproc::normed_tokens")
+def _operator_out(
+    y: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return _normed(y, x, weight, bias, eps, wrap_triton(_norm))
 
 
 def _scaled(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
@@ -223,7 +209,12 @@ def _tile(size: int, dim: int) -> tuple[int, ...]:
 
 
 def _normed(
-    y: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    run: Run = _norm,
 ) -> Tensor:
     y = y.contiguous()
     batch, tokens, channels = y.shape
@@ -232,11 +223,11 @@ def _normed(
         return o
     flat = None if x is None else x.flatten(2)
     strides = (0, 0, 0) if flat is None else flat.stride()
-    at_once = min(_CHANNELS, triton.next_power_of_2(channels))
-    _norm(
+    channels = int(channels)
+    run(
         (-(-tokens // _TOKENS), batch),
         (y, flat, weight, bias, o),
         (tokens, eps, *strides),
-        (channels, at_once, _TOKENS),
+        (channels, min(_CHANNELS, triton.next_power_of_2(channels)), _TOKENS),
     )
     return o
