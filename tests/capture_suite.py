@@ -5,12 +5,14 @@ The interpreter has no products of bfloat16; `test_cuda` has them.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from spies import spied
 from test_capture import Model, plain_weights
 from torch import Tensor
 
@@ -152,6 +154,107 @@ def test_a_call_of_another_size_is_not_added(launches: list[Any]) -> None:
     with pytest.raises(RuntimeError, match="size"):
         call(maps, q[:, :, :9], k, Scoring())
     assert torch.equal(maps.sums["layer"], before)
+
+
+Inputs = tuple[Tensor, Tensor, Scoring]
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], Inputs]] = {
+    "a mask": lambda q, k: (q, k, Scoring(mask=Keys(torch.rand(B, K) > 0.5))),
+    "another mask": lambda q, k: (q, k, Scoring(mask=Keys(torch.rand(1, K) > 0.5))),
+    "a bool mask": lambda q, k: (q, k, Scoring(mask=Bias(seen_of_row()))),
+    "a bias": lambda q, k: (q, k, Scoring(mask=Bias(torch.randn(B, H, Q, K)))),
+    "a strided bias": lambda q, k: (q, k, Scoring(mask=Bias(torch.randn(B, H, K, Q).mT))),
+    "a half bias": lambda q, k: (q, k, Scoring(mask=Bias(torch.randn(B, H, Q, K).half()))),
+    "a scale": lambda q, k: (q, k, Scoring(scale=0.3)),
+    "causal": lambda q, k: (q, k, Scoring(causal=True)),
+    "a window": lambda q, k: (q, k, Scoring(window=(3, 2))),
+    "dtype": lambda q, k: (q.half(), k.half(), Scoring()),
+    "double": lambda q, k: (q.double(), k.double(), Scoring()),
+    "strides of queries": lambda q, k: (q.contiguous(), k, Scoring()),
+    "strides of keys": lambda q, k: (q, k.contiguous(), Scoring()),
+    "a place off 16 bytes": lambda q, k: (q[..., 1:], k[..., 1:], Scoring()),
+    "channels": lambda q, k: (q[..., :8], k[..., :8], Scoring()),
+    "queries": lambda q, k: (q[:, :, :9], k, Scoring()),
+    "keys": lambda q, k: (q, k[:, :, :9], Scoring()),
+    "rows": lambda q, k: (q[:2], k[:2], Scoring()),
+    "heads": lambda q, k: (q[:, :2], k[:, :2], Scoring()),
+    "key heads": lambda q, k: (q, k[:, :2], Scoring()),
+    "image": lambda q, k: (q, k, Scoring(image=(6, Q))),
+    "a text": lambda q, k: (q, k, Scoring(image_keys=(6, K))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_calls_of_a_layer_that_differ(change: str) -> None:
+    """What was worked out for the first call serves the third, and not the second."""
+    q, k = drawn()
+    inputs = [(q, k, Scoring()), CHANGES[change](q, k), (q, k, Scoring())]
+    maps = Maps([0, 5], part=(1, 2), each_step=True)
+    for some in inputs:
+        call(maps, *some)
+
+    for (q, k, scoring), found in zip(inputs, maps.taken["layer"], strict=True):
+        right = plain_weights(q, k, scoring)[..., [0, 5]].mean(dim=1)
+        start = 0 if scoring.image is None else scoring.image[0]
+        close(found, right[q.shape[0] // 2 :, start:])
+
+
+@pytest.mark.parametrize("change", ["a mask", "a bias", "a scale", "dtype", "double", "causal"])
+def test_calls_that_differ_make_one_sum(change: str) -> None:
+    q, k = drawn()
+    inputs = [(q, k, Scoring()), CHANGES[change](q, k), (q, k, Scoring())]
+    maps = Maps([0, 5], part=(0, 1))
+    for some in inputs:
+        call(maps, *some)
+
+    right = [plain_weights(*some)[..., [0, 5]].mean(dim=1) for some in inputs]
+    close(maps.sums["layer"], torch.stack(right).sum(dim=0))
+
+
+def test_what_changes_in_place_between_calls() -> None:
+    (q, k), mask = drawn(), torch.rand(B, H, Q, K) > 0.5
+    scoring = Scoring(mask=Bias(mask))
+    maps, right = Maps([0, 5], part=(0, 1)), torch.zeros(B, Q, 2, dtype=torch.float64)
+    for _ in range(3):
+        call(maps, q, k, scoring)
+        right += plain_weights(q, k, scoring)[..., [0, 5]].mean(dim=1)
+        q *= -0.5
+        k += 0.1
+        mask.logical_not_()
+
+    close(maps.sums["layer"], right)
+
+
+def test_layers_alike_share_what_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = spied(monkeypatch, HOME, "KeyMaps")
+    (q, k), maps = drawn(), Maps([0, 5], part=(0, 1))
+    for layer in ("a", "b", "a", "b"):
+        call(maps, q.clone(), k.clone(), Scoring(), layer)
+    assert len(made) == 1
+    call(maps, q, k, Scoring(scale=2), "a")
+    assert len(made) == 2
+
+
+def test_maps_pickle_and_go_on() -> None:
+    (q, k), maps = drawn(), Maps([0, 5], part=(0, 1))
+    call(maps, q, k, Scoring())
+    again = pickle.loads(pickle.dumps(maps))
+    call(again, q, k, Scoring())
+    torch.testing.assert_close(again.sums["layer"], 2 * maps.sums["layer"])
+
+
+@pytest.mark.parametrize("name", ["half a sum", "a sum in double", "a strided sum"])
+def test_sums_that_a_launch_cannot_add_to(name: str) -> None:
+    (q, k), maps = drawn(), Maps([0, 5], part=(0, 1))
+    call(maps, q, k, Scoring())
+    kept = maps.taken["layer"]
+    sums = {"half a sum": kept[0].half(), "a sum in double": kept[0].double()}
+    kept[0] = sums.get(name, kept[0].mT.contiguous().mT)
+    right = plain_weights(q, k, Scoring())[..., [0, 5]].mean(dim=1)
+    call(maps, q, k, Scoring())
+
+    torch.testing.assert_close(maps.sums["layer"].double(), 2 * right, rtol=0, atol=1e-3)
 
 
 COMPOSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

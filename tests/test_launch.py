@@ -12,7 +12,7 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, which is for Linux", allow_module_level=True)
 
-from attnproc.kernels.triton.launch import Launcher
+from attnproc.kernels.triton.launch import Launcher, Repeated
 
 
 class Compiled:
@@ -99,6 +99,26 @@ def test_a_pointer_off_16_bytes_is_looked_at_each_time(kernel: Kernel) -> None:
     call(launcher, odd)
     assert len(kernel.looks) == 2
     assert not kernel.runs
+
+
+def test_a_repeated_launch_is_looked_at_once(kernel: Kernel) -> None:
+    launcher = Launcher(kernel)
+    launch = Repeated(launcher, (4, 2), (5, 0.5), (True, 16))
+    x, y = torch.zeros(4), torch.ones(4)
+    launch(x, None)
+    launcher.ready.clear()
+    launch(y, None)
+    assert kernel.looks == [((4, 2), (x, None, 5, 0.5, True, 16))]
+    assert kernel.runs == [((4, 2, 1), (y.data_ptr(), None, 5, 0.5, True, 16))]
+
+
+def test_a_repeated_launch_off_16_bytes_is_looked_at(kernel: Kernel) -> None:
+    launch = Repeated(Launcher(kernel), (4, 2), (5, 0.5), (True, 16))
+    even, odd = torch.zeros(8), torch.zeros(8)[1:]
+    for x in (odd, even, odd, even):
+        launch(x, None)
+    assert [look[1][0] is odd for look in kernel.looks] == [True, False, True]
+    assert kernel.runs == [((4, 2, 1), (even.data_ptr(), None, 5, 0.5, True, 16))]
 
 
 def test_launches_kept_are_bounded(kernel: Kernel) -> None:

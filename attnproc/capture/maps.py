@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,11 @@ from ..places import Slab, grid_of, sides
 from ..rows import part_rows, rows_from, scoring_of, take
 from ..types import Scoring
 from .chosen import Labels, by_label, positions
-from .fused import fused, how_often, takes
+from .fused import how_often, kind_of, launch_for, takes
 from .weights import linear_weights, weights
+
+if TYPE_CHECKING:
+    from ..kernels.triton.maps import KeyMaps
 
 __all__ = ["Heads", "Maps"]
 
@@ -66,8 +69,14 @@ class Maps:
         self.heads: Heads = heads if isinstance(heads, str) else tuple(heads)
         self.taken: dict[str, list[Tensor]] = {}
         self._chosen: dict[Any, _Chosen] = {}
+        self._launches: dict[Any, KeyMaps | None] = {}
+        self._counts: dict[Any, Tensor] = {}
         self.calls: dict[str, int] = {}
         self.seen: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled kernels are not for files.
+        return {**self.__dict__, "_launches": {}}
 
     def __repr__(self) -> str:
         of = "all keys" if self.keys is None else ", ".join(self.keys)
@@ -167,12 +176,13 @@ class Maps:
             linear: Whether it is attention without a softmax.
             layer: Where they may be added to the sum straight away: then that sum is returned.
         """
+        if lse is None and not linear and not torch.compiler.is_compiling():
+            launch = self._launch(q, k, scoring)
+            if launch is not None:
+                kept = None if self.each_step else self.taken.get(layer)
+                return launch(q, k, scoring.mask and scoring.mask[0], kept[0] if kept else None)
         rows = part_rows(self.part, q.shape[0])
         chosen = self._choice(q.shape[2], k.shape[2], scoring)
-        if lse is None and not linear:
-            found = self._fused(q, k, scoring, rows, chosen, layer)
-            if found is not None:
-                return found
         if torch.is_autocast_enabled(q.device.type):
             # It would round the scores.
             with torch.autocast(q.device.type, enabled=False):
@@ -196,20 +206,27 @@ class Maps:
         elif kept[0] is not found:
             kept[0] = kept[0] + found
 
-    def _fused(
-        self, q: Tensor, k: Tensor, scoring: Scoring, rows: range, chosen: _Chosen, layer: str
-    ) -> Tensor | None:
-        """`reduced` in one launch, where a kernel can."""
-        of_q, labels = chosen.of_q, len(chosen.cols or chosen.of_k)
-        if self.heads != "mean" or chosen.rows is not None or not takes(q, k, scoring, labels):
+    def _launch(self, q: Tensor, k: Tensor, scoring: Scoring) -> KeyMaps | None:
+        """The launch that gives `reduced` for calls of this kind, worked out once a kind."""
+        kind = kind_of(q, k, scoring) if self.heads == "mean" else None
+        if kind is None:
             return None
-        assert isinstance(of_q, range)
-        counts = chosen.counts.get(q.device)
-        if counts is None:
-            groups = [[i] for i in chosen.of_k] if chosen.cols is None else chosen.cols
-            counts = chosen.counts[q.device] = how_often(groups, k.shape[2], q.device)
-        kept = None if self.each_step else self.taken.get(layer)
-        return fused(q, k, scoring, counts, rows, of_q, kept[0] if kept else None)
+        try:
+            return self._launches[kind]
+        except KeyError:
+            found = self._launches[kind] = self._new_launch(q, k, scoring)
+            return found
+
+    def _new_launch(self, q: Tensor, k: Tensor, scoring: Scoring) -> KeyMaps | None:
+        rows = part_rows(self.part, q.shape[0])
+        chosen = self._choice(q.shape[2], k.shape[2], scoring)
+        of_q, groups = chosen.of_q, chosen.cols or [[i] for i in chosen.of_k]
+        if not isinstance(of_q, range) or not takes(q, k, scoring, len(groups)):
+            return None
+        kind = k.shape[2], scoring.image_keys, q.device
+        if kind not in self._counts:
+            self._counts[kind] = how_often(groups, k.shape[2], q.device)
+        return launch_for(q, k, scoring, self._counts[kind], rows, of_q)
 
     def _grouped(self, parts: Iterable[Tensor], chosen: _Chosen) -> Tensor:
         """Weights ``[B, H, some of the queries, keys]`` over heads and labels."""
@@ -238,7 +255,7 @@ class Maps:
             room if groups is None else [i for group in groups for i in group]
             for groups, room in zip((rows, cols), rooms, strict=True)
         )
-        return _Chosen(rows, cols, of_q, of_k, {})
+        return _Chosen(rows, cols, of_q, of_k)
 
     @property
     def _rows(self) -> dict[str, Any] | None:
@@ -290,16 +307,12 @@ class Maps:
 
 
 class _Chosen(NamedTuple):
-    """Positions of a call's queries and keys, a group a label, and all of them.
-
-    `counts` has how often a key counts for a label, by device, once the fused kernel needs it.
-    """
+    """Positions of a call's queries and keys, a group a label, and all of them."""
 
     rows: list[list[int]] | None
     cols: list[list[int]] | None
     of_q: Sequence[int]
     of_k: Sequence[int]
-    counts: dict[torch.device, Tensor]
 
 
 def _joined(found: Tensor, groups: list[list[int]] | None) -> Tensor:

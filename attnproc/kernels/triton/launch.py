@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..fusing import INTERPRETED
 
-__all__ = ["Launcher", "Run", "operator", "wrap_triton"]
+__all__ = ["Launcher", "Repeated", "Run", "operator", "wrap_triton"]
 
 _ALIGNED = 15
 # How many launches are kept for a kernel; shapes of a model are few.
@@ -51,7 +51,7 @@ class Launcher:
         tensors: tuple[Tensor | None, ...],
         numbers: tuple[int | float, ...],
         fixed: tuple[Any, ...],
-    ) -> None:
+    ) -> Callable[..., None] | None:
         """Runs the kernel on the device of its first tensor.
 
         Args:
@@ -59,16 +59,19 @@ class Launcher:
             tensors: Pointers; None compiles a kernel without that one.
             numbers: What changes between calls.
             fixed: Arguments of compilation.
+
+        Returns:
+            What launches the same again with other pointers to multiples of 16 bytes, if that is
+            known.
         """
         first = tensors[0]
         assert first is not None
-        if not first.is_cuda or first.device.index == torch.cuda.current_device():
-            self._launch(grid, tensors, numbers, fixed)
-        else:
-            with torch.cuda.device(first.device):
-                self._launch(grid, tensors, numbers, fixed)
+        if _is_current(first):
+            return self._launch(grid, tensors, numbers, fixed)
+        with torch.cuda.device(first.device):
+            return self._launch(grid, tensors, numbers, fixed)
 
-    def _launch(self, grid: Any, tensors: Any, numbers: Any, fixed: Any) -> None:
+    def _launch(self, grid: Any, tensors: Any, numbers: Any, fixed: Any) -> Any:
         pointers: list[int | None] = []
         kinds: list[Any] = []
         together = 0
@@ -85,18 +88,63 @@ class Launcher:
                 kinds.append(tensor.get_device())
         if together & _ALIGNED or not _KNOWN:
             self.fn[grid](*tensors, *numbers, *fixed)
-            return
+            return None
         key = (grid, numbers, fixed, *kinds)
         run = self.ready.get(key)
         if run is not None:
             run(*pointers, *numbers, *fixed)
-            return
+            return run
         compiled = self.fn[grid](*tensors, *numbers, *fixed)
         # The interpreter compiles nothing.
-        if compiled is not None:
-            if len(self.ready) >= _MOST:
-                self.ready.clear()
-            self.ready[key] = compiled[(*grid, 1)]
+        if compiled is None:
+            return None
+        if len(self.ready) >= _MOST:
+            self.ready.clear()
+        run = self.ready[key] = compiled[(*grid, 1)]
+        return run
+
+
+class Repeated:
+    """A launch of which nothing is looked at again but where the tensors are.
+
+    Whoever calls it sees to it that their dtypes and their device stay.
+
+    Args:
+        launcher: The kernel.
+        grid: As `Launcher` takes it; so are `numbers` and `fixed`.
+        numbers: What is no tensor.
+        fixed: Arguments of compilation.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        grid: tuple[int, int],
+        numbers: tuple[int | float, ...],
+        fixed: tuple[Any, ...],
+    ) -> None:
+        self.launcher, self.grid, self.numbers, self.fixed = launcher, grid, numbers, fixed
+        self.rest = *numbers, *fixed
+        self.run: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Runs the kernel on the device of its first tensor."""
+        if self.run is not None and _is_current(tensors[0]):
+            pointers: list[int | None] = []
+            together = 0
+            for tensor in tensors:
+                pointer = None if tensor is None else tensor.data_ptr()
+                together |= pointer or 0
+                pointers.append(pointer)
+            if not together & _ALIGNED:
+                self.run(*pointers, *self.rest)
+                return
+        self.run = self.launcher(self.grid, tensors, self.numbers, self.fixed)
+
+
+def _is_current(tensor: Any) -> bool:
+    """Whether launches go to a tensor's device now."""
+    return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:

@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher
+from .launch import Launcher, Repeated
 
-__all__ = ["fits", "key_maps"]
+__all__ = ["KeyMaps", "fits"]
 
-# Queries of a program, and the bytes of a head's keys up to which the loads run ahead and at all:
-# that much a multiprocessor's shared memory holds.
+# Queries of a program, as few as a product of tiles takes: its heads come one after another, and a
+# layer of SDXL (1,024 queries, two rows) makes 128 programs for an H100's 132 multiprocessors.
 _TILE = 16
+# Bytes of a head's keys up to which the loads run ahead, and at all: what shared memory holds.
 _AHEAD = 1 << 15
 _MOST = 1 << 16
 # Bytes of the choice, which a program holds too.
@@ -64,7 +65,8 @@ def _maps(
         peak = tl.maximum(tl.max(scores, axis=1), _LEAST)
         weights = tl.exp(scores - peak[:, None])
         sums = tl.sum(weights, axis=1)
-        total += weights / tl.where(sums > 0, sums, 1.0)[:, None]
+        # The largest weight is one, so that the sum is at least that, or nothing.
+        total += weights * (1.0 / tl.maximum(sums, 1.0))[:, None]
     stored = live[:, None] & (n < N)[None, :]
     picked = tl.load(
         choice + j[:, None] * N + n[None, :], mask=tl.trans(there) & (n < N)[None, :], other=0.0
@@ -101,47 +103,64 @@ def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def key_maps(
-    q: Tensor,
-    k: Tensor,
-    choice: Tensor,
-    rows: range,
-    queries: range,
-    scale: float,
-    mask: Tensor | None = None,
-    into: Tensor | None = None,
-) -> Tensor:
+class KeyMaps:
     """Weights of some keys, or sums of such, mean over heads; of some rows and queries.
+
+    It is made of one call, and for all whose tensors have the same shapes, strides, dtypes and
+    device: what depends on these is worked out once.
 
     Args:
         q: All queries ``[B, H, Q, D]``, the channels of a head in one piece.
         k: All keys ``[B, H', K, D]`` likewise; the softmax is over all of them.
+        mask: ``[B|1, H|1, Q|1, K]``, bool where a key may be attended to, or added to the scores.
         choice: How often a key counts in a sum ``[K, N]``, float32.
         rows: Which rows of the batch.
         queries: Which queries.
         scale: What the scores are multiplied by.
-        mask: ``[B|1, H|1, Q|1, K]``, bool where a key may be attended to, or added to the scores.
-        into: What to add to in place, as what is returned.
-
-    Returns:
-        ``[rows, queries, N]`` in float32.
     """
-    batch, heads, length, dim = q.shape
-    keys, labels = choice.shape
-    o, hides, steps = into, False, (0, 0, 0, 0)
-    if o is None:
-        o = torch.empty((len(rows), len(queries), labels), dtype=torch.float32, device=q.device)
-    if mask is not None:
-        hides, steps = mask.dtype == torch.bool, mask.expand(batch, heads, length, keys).stride()
-    if o.numel():
-        fixed = _fixed(heads, k.shape[1], keys, dim, labels, q.element_size())
-        _maps(
-            (-(-len(queries) // _TILE), len(rows)),
-            (q, k, choice, o, mask),
-            (
-                rows.start, queries.start, len(queries), keys, float(scale),
-                *q.stride()[:3], *k.stride()[:3], *steps,
-            ),
-            (hides, into is not None, *fixed),
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        choice: Tensor,
+        rows: range,
+        queries: range,
+        scale: float,
+    ) -> None:
+        (keys, labels), hides, steps = choice.shape, False, (0, 0, 0, 0)
+        if mask is not None:
+            hides, steps = mask.dtype == torch.bool, mask.expand(*q.shape[:3], keys).stride()
+        self.choice, self.device = choice, q.device
+        self.size = len(rows), len(queries), labels
+        grid = -(-len(queries) // _TILE), len(rows)
+        numbers = (
+            rows.start, queries.start, len(queries), keys, float(scale),
+            *q.stride()[:3], *k.stride()[:3], *steps,
         )  # fmt: skip
-    return o
+        fixed = _fixed(q.shape[1], k.shape[1], keys, q.shape[3], labels, q.element_size())
+        self.fresh = Repeated(_maps, grid, numbers, (hides, False, *fixed))
+        self.added = Repeated(_maps, grid, numbers, (hides, True, *fixed))
+
+    def __call__(self, q: Tensor, k: Tensor, mask: Tensor | None, into: Tensor | None) -> Tensor:
+        """The weights ``[rows, queries, N]`` in float32; added in place to `into` where they fit.
+
+        Args:
+            q: As those that it was made for; so are `k` and `mask`.
+            k: Keys.
+            mask: Mask.
+            into: A sum of such.
+        """
+        if into is not None and self._fits(into):
+            o, launch = into, self.added
+        else:
+            o = torch.empty(self.size, dtype=torch.float32, device=self.device)
+            launch = self.fresh
+        if 0 not in self.size:
+            launch(q, k, self.choice, o, mask)
+        return o
+
+    def _fits(self, into: Tensor) -> bool:
+        alike = into.dtype == torch.float32 and into.device == self.device
+        return alike and into.shape == self.size and into.is_contiguous()
