@@ -31,4 +31,4 @@ def attended(
         return None
     from .kernels.triton import branches as home
 
-    return home.attended(q, branches, scoring.scale) if home.fits(q, branches) else None
+    return home.attended(q, branches, scoring.scale)

@@ -72,11 +72,11 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
         return None
     scales, masks = _checked(states, proc.scale, at.call.ip_masks)
 
-    raw = cast("QKV", arranged.raw)
+    q = cast("QKV", arranged.raw).q
     norm_q = at.recipe.norm(at, False).image[0]
-    q = laid(Streams(QKV(raw.q, None, None)), Norms((norm_q, None))).q.transpose(
-        1, 2
-    )  # [B, H, S, D]
+    if norm_q is not None:
+        q = laid(Streams(QKV(q, None, None)), Norms((norm_q, None))).q
+    q = q.transpose(1, 2)  # [B, H, S, D]
     branches: list[Branch] = []
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):
@@ -93,7 +93,7 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
 
 
 class Branch(NamedTuple):
-    """Keys and values ``[B, H, tokens, D]`` under one softmax, and their weight."""
+    """Keys and values ``[B, tokens, H*D]`` under one softmax, and their weight."""
 
     k: Tensor
     v: Tensor
@@ -118,9 +118,8 @@ def _branches(
 
 
 def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
-    """``[..., H, tokens, D]`` of states ``[..., tokens, C]``."""
+    """``[..., tokens, H*D]`` of states ``[..., tokens, C]``, in the dtype of the queries."""
     found = called(layer, tokens)
-    found = found.view(*found.shape[:-1], -1, q.shape[3]).transpose(-2, -3)
     return found if found.dtype == q.dtype else found.to(q.dtype)
 
 
@@ -129,12 +128,18 @@ def _composed(
 ) -> Tensor | None:
     """The weighted sum by a call of the kernel for branches with equally many tokens."""
     groups: dict[int, list[Branch]] = {}
-    for branch in branches:
+    for k, v, weight in branches:
+        branch = Branch(_heads(k, q.shape[3]), _heads(v, q.shape[3]), weight)
         groups.setdefault(branch.k.shape[2], []).append(branch)
     total = None
     for alike in groups.values():
         total = _added(total, alike, q, kernel, scoring)
     return total
+
+
+def _heads(x: Tensor, dim: int) -> Tensor:
+    """``[B, H, tokens, D]`` of ``[B, tokens, H*D]``."""
+    return x.view(*x.shape[:2], -1, dim).transpose(1, 2)
 
 
 def _added(
@@ -144,7 +149,10 @@ def _added(
     kernel: KernelCall,
     scoring: Scoring,
 ) -> Tensor:
-    """What there is plus the weighted sum of branches with equally many tokens, by one call."""
+    """What there is plus the weighted sum of branches with equally many tokens, by one call.
+
+    Their heads are split, ``[B, H, tokens, D]``.
+    """
     if len(branches) > 1:
         many = q.expand(len(branches), *q.shape).flatten(0, 1)
         k, v, weights = zip(*branches, strict=True)

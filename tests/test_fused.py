@@ -110,7 +110,7 @@ TRACED: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], dict[str, 
         },
     ),
     "grid": (grid, [(2, 8, 16), (2, 16, 2, 4), (16,)], {"_norm": {"o"}}),
-    "prompts": (prompts, [WIDE, WIDE, WIDE, (1, 8, 1)], {"_attend": {"o"}}),
+    "prompts": (prompts, [WIDE, (2, 8, 48), (2, 8, 48), (1, 8, 1)], {"_attend": {"o"}}),
 }
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, Run, operator, wrap_triton
+from .launch import Launcher, Plans, Repeated, operator, wrap_triton
 
 __all__ = ["MOST", "Branch", "attended", "fits"]
 
@@ -32,7 +33,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 Branch = tuple[Tensor, Tensor, "float | Tensor"]
-"""Keys and values ``[B, H, tokens, D]`` and a weight: a number, or as ``[B|1, S|1, 1]``."""
+"""Keys and values ``[B, tokens, H*D]`` and a weight: a number, or as ``[B|1, S|1, 1]``."""
 
 
 @triton.jit
@@ -120,8 +121,9 @@ def fits(q: Tensor, branches: Sequence[Branch]) -> bool:
     batch, heads, _, dim = q.shape
     where = q.get_device()
     return 0 < len(branches) <= MOST and all(
-        0 < k.shape[2] <= _KEYS
-        and k.shape == v.shape == (batch, heads, k.shape[2], dim)
+        k.ndim == 3
+        and 0 < k.shape[1] <= _KEYS
+        and k.shape == v.shape == (batch, k.shape[1], heads * dim)
         and k.dtype is v.dtype is q.dtype
         and k.stride() == v.stride()
         and k.get_device() == v.get_device() == where
@@ -130,22 +132,55 @@ def fits(q: Tensor, branches: Sequence[Branch]) -> bool:
     )
 
 
-def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tensor:
-    """The weighted sum of one attention a prompt.
+def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tensor | None:
+    """The weighted sum of one attention a prompt; None where `fits` says that it can't.
 
     Args:
         q: ``[B, H, S, D]``.
-        branches: At most `MOST`, as `fits` says.
+        branches: At most `MOST`.
         scale: Factor of the scores; None is ``D ** -0.5``.
 
     Returns:
         ``[B, S, H*D]``, contiguous, in the dtype of `q`.
     """
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not torch.compiler.is_compiling():
-        return _launch(q, branches, factor)
-    keys, values, weights = zip(*map(_folded, branches), strict=True)
-    return torch.ops.attnproc.branches(q, keys, values, weights, factor)
+    if torch.compiler.is_compiling():
+        if not fits(q, branches):
+            return None
+        keys, values, weights = zip(*map(_folded, branches), strict=True)
+        return torch.ops.attnproc.branches(q, keys, values, weights, factor)
+    q, branches = _rows_in_one_piece(q, branches)
+    kind = (q.shape, q.stride(), q.dtype, q.device, factor, *map(_kind, branches))
+    try:
+        launch = _LAUNCHES[kind]
+    except KeyError:
+        launch = _LAUNCHES.keep(kind, _new_launch(q, branches, factor))
+    if launch is None:
+        return None
+    o = _room(q)
+    if o.numel():
+        launch(*_tensors(q, o, branches))
+    return o
+
+
+_LAUNCHES: Plans[Repeated | None] = Plans()
+
+
+def _kind(branch: Branch) -> tuple[Any, ...]:
+    """All that a launch depends on but what is in the tensors."""
+    k, v, weight = branch
+    of_weight: Any = weight
+    if isinstance(weight, Tensor):
+        of_weight = weight.shape, weight.stride(), weight.dtype, weight.device
+    of_k, of_v = ((x.shape, x.stride(), x.dtype, x.device) for x in (k, v))
+    return *of_k, *of_v, of_weight
+
+
+def _new_launch(q: Tensor, branches: Sequence[Branch], factor: float) -> Repeated | None:
+    """The launch for calls of this kind."""
+    if not fits(q, branches):
+        return None
+    return Repeated(_attend, *_arguments(q, branches, factor))
 
 
 def _folded(branch: Branch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -164,47 +199,78 @@ def _operator(
     weights: list[Tensor | None],
     scale: float,
 ) -> Tensor:
-    whole = [1.0 if weight is None else weight for weight in weights]
-    return _launch(q, list(zip(keys, values, whole, strict=True)), scale, wrap_triton(_attend))
-
-
-def _launch(q: Tensor, branches: Sequence[Branch], factor: float, run: Run = _attend) -> Tensor:
-    batch, heads, length, dim = q.shape
-    q = q if q.stride(3) == 1 else q.contiguous()
-    o = q.new_empty(batch, length, heads * dim)
-    tensors: list[Tensor | None] = [q, o]
-    numbers: list[int | float] = [length, *q.stride()[:3], factor]
-    for branch in branches:
-        pointers, settings = _arguments(*branch, length)
-        tensors += pointers
-        numbers += settings
-    missing = MOST - len(branches)
-    tensors += (None,) * (3 * missing)
-    numbers += (0, 0, 0.0, 0, 0) * missing
+    whole: list[float | Tensor] = [1.0 if weight is None else weight for weight in weights]
+    q, branches = _rows_in_one_piece(q, list(zip(keys, values, whole, strict=True)))
+    o = _room(q)
     if o.numel():
-        keys = max(k.shape[2] for k, _, _ in branches)
-        # Compiled code for any size is for one size of a head and one number of keys.
-        fixed = _fixed(int(heads), int(dim), int(keys), q.element_size())
-        run((-(-length // fixed[-1]), batch * heads), tuple(tensors), tuple(numbers), fixed)
+        grid, numbers, fixed = _arguments(q, branches, scale)
+        wrap_triton(_attend)(grid, _tensors(q, o, branches), numbers, fixed)
     return o
 
 
+def _room(q: Tensor) -> Tensor:
+    batch, heads, length, dim = q.shape
+    return q.new_empty(batch, length, heads * dim)
+
+
+def _rows_in_one_piece(q: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, Sequence[Branch]]:
+    """Channels of a query, and tokens of a prompt, without gaps."""
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    if all(_is_plain(k) and _is_plain(v) for k, v, _ in branches):
+        return q, branches
+    return q, [(k.contiguous(), v.contiguous(), weight) for k, v, weight in branches]
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+def _tensors(q: Tensor, o: Tensor, branches: Sequence[Branch]) -> tuple[Tensor | None, ...]:
+    found: list[Tensor | None] = [q, o]
+    for k, v, weight in branches:
+        found += (k, v, weight if isinstance(weight, Tensor) else None)
+    return (*found, *((None,) * (3 * (MOST - len(branches)))))
+
+
 def _arguments(
-    k: Tensor, v: Tensor, weight: float | Tensor, length: int
-) -> tuple[tuple[Tensor | None, ...], tuple[int | float, ...]]:
-    """Pointers and numbers of one prompt."""
-    k, v = _plain(k), _plain(v)
-    keys, stride = k.shape[2], k.stride(0)
-    if isinstance(weight, Tensor):
-        weight = weight.expand(k.shape[0], length, 1)
-        return (k, v, weight), (keys, stride, 1.0, weight.stride(0), weight.stride(1))
-    return (k, v, None), (keys, stride, float(weight), 0, 0)
+    q: Tensor, branches: Sequence[Branch], factor: float
+) -> tuple[tuple[int, int], tuple[int | float, ...], tuple[int, ...]]:
+    """Grid, numbers and arguments of compilation."""
+    batch, heads, length, dim = q.shape
+    numbers: list[int | float] = [length, *q.stride()[:3], factor]
+    for k, _, weight in branches:
+        numbers += (k.shape[1], k.stride(0), *_factors(weight))
+    numbers += (0, 0, 0.0, 0, 0) * (MOST - len(branches))
+    keys = max(k.shape[1] for k, _, _ in branches)
+    # Compiled code for any size is for one size of a head and one number of keys.
+    fixed = _fixed(int(heads), int(dim), int(keys), q.element_size())
+    return (-(-length // fixed[-1]), batch * heads), tuple(numbers), fixed
+
+
+def _factors(weight: float | Tensor) -> tuple[float, int, int]:
+    """A weight as a number, and its strides over rows and tokens."""
+    if not isinstance(weight, Tensor):
+        return float(weight), 0, 0
+    if weight.ndim == 0:
+        return 1.0, 0, 0
+    rows, tokens = (
+        stride if size > 1 else 0
+        for size, stride in zip(weight.shape[:2], weight.stride()[:2], strict=True)
+    )
+    return 1.0, rows, tokens
 
 
 def _is_map(weight: Tensor, q: Tensor) -> bool:
+    """Whether a weight is a number in a tensor, or a map over rows and tokens of the queries."""
     if weight.device != q.device or not weight.is_floating_point():
         return False
-    return weight.ndim == 0 or (weight.ndim == 3 and weight.shape[2] == 1)
+    if weight.ndim == 0:
+        return True
+    wanted = q.shape[0], q.shape[2], 1
+    return weight.ndim == 3 and all(
+        size in (1, most) for size, most in zip(weight.shape, wanted, strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -224,10 +290,3 @@ def _padded(size: int) -> int:
     """The side of a tile: matrix products need 16."""
     return max(16, 1 << (size - 1).bit_length())
 
-
-def _plain(x: Tensor) -> Tensor:
-    """`x` ``[B, H, S, D]`` with each token's heads in one piece, one token after the other."""
-    heads, dim = x.shape[1], x.shape[3]
-    if x.stride()[1:] == (dim, heads * dim, 1):
-        return x
-    return x.transpose(1, 2).contiguous().transpose(1, 2)

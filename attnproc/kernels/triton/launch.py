@@ -11,7 +11,7 @@ an operator in Python costs the CPU more than several launches each time that it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..fusing import INTERPRETED
 
-__all__ = ["Launcher", "Repeated", "Run", "operator", "wrap_triton"]
+__all__ = ["Launcher", "Plans", "Repeated", "Run", "operator", "wrap_triton"]
 
 _ALIGNED = 15
-# How many launches are kept for a kernel; shapes of a model are few.
+# How many kinds of calls are kept; shapes of a model are few.
 _MOST = 512
 # Since then a compiled kernel takes all arguments of its source, those of compilation too.
 _KNOWN = (3, 3) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (4,)
@@ -32,6 +32,20 @@ Run = Callable[
     [tuple[int, int], tuple[Tensor | None, ...], tuple[int | float, ...], tuple[Any, ...]], None
 ]
 """What runs a kernel, with the arguments of a `Launcher`."""
+
+
+Plan = TypeVar("Plan")
+
+
+class Plans(dict[Any, Plan]):
+    """What was worked out for kinds of calls, of which there are not to be too many."""
+
+    def keep(self, kind: Any, plan: Plan) -> Plan:
+        """Takes one in and gives it back."""
+        if len(self) >= _MOST:
+            self.clear()
+        self[kind] = plan
+        return plan
 
 
 class Launcher:
@@ -43,7 +57,7 @@ class Launcher:
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
-        self.ready: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self.ready: Plans[Callable[..., None]] = Plans()
 
     def __call__(
         self,
@@ -98,10 +112,7 @@ class Launcher:
         # The interpreter compiles nothing.
         if compiled is None:
             return None
-        if len(self.ready) >= _MOST:
-            self.ready.clear()
-        run = self.ready[key] = compiled[(*grid, 1)]
-        return run
+        return self.ready.keep(key, compiled[(*grid, 1)])
 
 
 class Repeated:
