@@ -183,6 +183,25 @@ def test_another_wish_keeps_the_composed_way(
     assert not launches
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_code_takes_one_launch_for_any_weights(
+    dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attn, inputs = prompted()
+    torch._dynamo.reset()
+    run = torch.compile(attn, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    launches = spied(monkeypatch, branches, "_launch")
+    for scales in ([0.5, 0.25], [1.0, 0.0], [0.7, torch.tensor(0.3)]):
+        attn.processor.scale = scales
+        with torch.no_grad():
+            right = attn(**inputs)
+            launches.clear()
+            found = run(**inputs)
+        # Those of tracing have tensors without memory.
+        assert sum(type(args[0]) is Tensor for args in launches) == 1
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
 NAMES = ("IPAdapterAttnProcessor2_0-", "FluxIPAdapter")
 
 

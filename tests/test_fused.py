@@ -127,11 +127,13 @@ def test_compiled_code_launches_the_kernels_itself(
 @pytest.mark.parametrize("name", ["lay", "relu_linear", "normed_tokens", "branches"])
 def test_torch_knows_the_kernels_of_an_operator(name: str) -> None:
     # What it keeps of compiled code on disk is out of date when one of them changes.
-    from torch._library.triton import get_triton_kernels_for_op
+    library = pytest.importorskip("torch._library.triton")
+    if not hasattr(library, "get_triton_kernels_for_op"):
+        pytest.skip("this torch does not look for them")
 
     import attnproc.kernels.triton.branches
     import attnproc.kernels.triton.lay
     import attnproc.kernels.triton.linear
     import attnproc.kernels.triton.multiscale  # noqa: F401
 
-    assert get_triton_kernels_for_op(f"attnproc::{name}")
+    assert library.get_triton_kernels_for_op(f"attnproc::{name}")
