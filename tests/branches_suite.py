@@ -190,7 +190,7 @@ def test_compiled_code_takes_one_launch_for_any_weights(
     attn, inputs = prompted()
     torch._dynamo.reset()
     run = torch.compile(attn, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    launches = spied(monkeypatch, branches, "_launch")
+    launches = spied(monkeypatch, branches, "_tensors")
     for scales in ([0.5, 0.25], [1.0, 0.0], [0.7, torch.tensor(0.3)]):
         attn.processor.scale = scales
         with torch.no_grad():
