@@ -34,7 +34,7 @@ def fused(
 
     Uses the streams up, unless it gives None.
     """
-    image, text = streams
+    image, text = streams.image, streams.text
     if not fusable(image.q):
         return None
     whole = text is None or image.k is None or image.k.is_contiguous()
@@ -43,7 +43,7 @@ def fused(
         return None
     if not _takes(image, text):
         return None
-    formulas = [_formulas(pair, stream) for pair, stream in zip(norms, streams, strict=True)]
+    formulas = [_formulas(norms.image, image), _formulas(norms.text, text)]
     turned = None if rotary is None else _tables(streams, rotary, tables)
     if any(known is None for known in formulas) or (rotary is not None and turned is None):
         return None
@@ -124,7 +124,7 @@ def _fits(table: Table, streams: Streams, name: str, over: str) -> bool:
 def _taken(streams: Streams, name: str) -> tuple[Tensor | None, Tensor | None]:
     """A tensor of the image and of the text, taken out of the streams."""
     found = []
-    for stream in streams:
+    for stream in (streams.image, streams.text):
         found.append(None if stream is None else getattr(stream, name))
         if stream is not None:
             setattr(stream, name, None)

@@ -69,12 +69,12 @@ def valid_text(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     over_keys = [part for part in _parts(mask) if isinstance(part, Keys)]
     keep = fold(All(tuple(over_keys)), Scoring(), room).mask
     scoring = fold(mask, scoring, room)
-    return scoring._replace(keep=keep.valid if isinstance(keep, Keys) else None)
+    return scoring.but(keep=keep.valid if isinstance(keep, Keys) else None)
 
 
 def unmasked(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     """No mask; the module's `eps` guards the normaliser (DC-AE)."""
-    return scoring._replace(eps=at.attn.eps)
+    return scoring.but(eps=at.attn.eps)
 
 
 def _folded(at: Site, mask: Tensor | MaskKind, scoring: Scoring, room: Room) -> Scoring:
@@ -95,15 +95,15 @@ def fold(mask: Tensor | MaskKind, scoring: Scoring, room: Room) -> Scoring:
         if isinstance(part, All):
             scoring = fold(part, scoring, room)
         elif isinstance(part, Causal):
-            scoring = scoring._replace(causal=True)
+            scoring = scoring.but(causal=True)
         elif isinstance(part, Window):
-            scoring = scoring._replace(window=_narrower(scoring.window, part))
+            scoring = scoring.but(window=_narrower(scoring.window, part))
         elif isinstance(part, Blocks):
-            scoring = scoring._replace(mods=(*scoring.mods, part.mod))
+            scoring = scoring.but(mods=(*scoring.mods, part.mod))
         else:
             values = part if isinstance(part, Tensor) else part[0]
             kind = _within(_kind(_over_all_keys(values, room), room), values.shape[-1], room)
-            scoring = scoring._replace(mask=joined(scoring.mask, kind))
+            scoring = scoring.but(mask=joined(scoring.mask, kind))
     return scoring
 
 

@@ -5,13 +5,14 @@ Whether a norm spans one head or all of them is read off the norm itself.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .linears import held
-from .types import Site, Streams
+from .types import QKV, Site, Streams
 
 __all__ = [
     "Formula",
@@ -25,14 +26,12 @@ __all__ = [
 ]
 
 
-class Norms(NamedTuple):
+@dataclass(slots=True)
+class Norms:
     """The layers that norm queries and keys of the image and of the text; None where none does."""
 
     image: tuple[Any, Any] = (None, None)
     text: tuple[Any, Any] = (None, None)
-
-
-_NOTHING = Norms()
 
 
 def each_its_own(at: Site, text: bool) -> Norms:
@@ -40,7 +39,7 @@ def each_its_own(at: Site, text: bool) -> Norms:
     attn = at.attn
     image = held(attn, "norm_q"), held(attn, "norm_k")
     if not text:
-        return _NOTHING if image == (None, None) else Norms(image)
+        return Norms(image, (None, None))
     return Norms(image, (held(attn, "norm_added_q"), held(attn, "norm_added_k")))
 
 
@@ -52,18 +51,22 @@ def one_for_both(at: Site, text: bool) -> Norms:
 
 def unnormed(at: Site, text: bool) -> Norms:
     """No norm."""
-    return _NOTHING
+    return Norms((None, None), (None, None))
 
 
 def norm_streams(norms: Norms, streams: Streams) -> None:
     """Norms streams ``[B, S, H, D]``, each tensor over ``D`` or over ``H*D``."""
-    for (of_q, of_k), stream in zip(norms, streams, strict=True):
-        if stream is None:
-            continue
-        if of_q is not None:
-            stream.q = apply(of_q, stream.q)
-        if of_k is not None:
-            stream.k = apply(of_k, stream.k)
+    _norm(norms.image, streams.image)
+    if streams.text is not None:
+        _norm(norms.text, streams.text)
+
+
+def _norm(norms: tuple[Any, Any], stream: QKV) -> None:
+    of_q, of_k = norms
+    if of_q is not None:
+        stream.q = apply(of_q, stream.q)
+    if of_k is not None:
+        stream.k = apply(of_k, stream.k)
 
 
 def apply(norm: nn.Module, x: Tensor | None) -> Tensor | None:

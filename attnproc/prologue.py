@@ -19,7 +19,7 @@ __all__ = ["arrange", "laid"]
 
 def arrange(at: Site, streams: Streams) -> Arranged:
     """Makes the kernel's inputs ``[B, H, S, D]`` of the streams ``[B, S, H*D]``, using them up."""
-    recipe, (image, text) = at.recipe, streams
+    recipe, image, text = at.recipe, streams.image, streams.text
     q = image.q
     dim = q.shape[3] if q.ndim == 4 else q.shape[2] // at.attn.heads
     length, text_keys = q.shape[1], 0

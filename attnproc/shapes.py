@@ -37,7 +37,7 @@ def merge_heads(o: Tensor) -> Tensor:
 
 def join(streams: Streams, text_first: bool) -> QKV:
     """One sequence of both streams, along the token axis of ``[B, S, H, D]``, using them up."""
-    image, text = streams
+    image, text = streams.image, streams.text
     if text is None:
         return image
     first, last = (text, image) if text_first else (image, text)

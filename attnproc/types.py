@@ -1,4 +1,4 @@
-"""What flows through the line: tensors in named tuples, parts as plain callables, and the recipe.
+"""What flows through the line: tensors in records, parts as plain callables, and the recipe.
 
 Letters: ``B`` batch, ``S`` tokens of a stream, ``H`` heads, ``D`` channels a head, ``Q``/``K``
 queries/keys of the joint sequence.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -55,14 +55,33 @@ class QKV:
     v: Any
 
 
-class Streams(NamedTuple):
+class _Record:
+    """Base of what flows: nothing changes it in place, `but` makes a changed copy.
+
+    Not a named tuple, of each of which compiled code checks a dozen things before every call.
+    """
+
+    __slots__ = ()
+
+    def but(self: _R, **changes: Any) -> _R:
+        """A copy with some fields changed."""
+        kept = {name: getattr(self, name) for name in self.__slots__}
+        return type(self)(**{**kept, **changes})
+
+
+_R = TypeVar("_R", bound=_Record)
+
+
+@dataclass(slots=True)
+class Streams(_Record):
     """The image (or only) stream and, in joint attention, the text stream."""
 
     image: QKV
     text: QKV | None = None
 
 
-class Call(NamedTuple):
+@dataclass(slots=True)
+class Call(_Record):
     """The arguments of one processor call, under one name each whatever the caller calls them."""
 
     x: Tensor
@@ -79,7 +98,8 @@ class Call(NamedTuple):
     lora_scale: float | Tensor = 1.0
 
 
-class Site(NamedTuple):
+@dataclass(slots=True)
+class Site(_Record):
     """Where a part stands: it looks up weights on `proc`, settings on `attn`, inputs in `call`."""
 
     recipe: Recipe
@@ -89,7 +109,8 @@ class Site(NamedTuple):
     call: Call
 
 
-class Arranged(NamedTuple):
+@dataclass(slots=True)
+class Arranged(_Record):
     """What the prologue hands to the kernel, and what image prompts need of it."""
 
     q: Tensor
@@ -183,7 +204,8 @@ def both(one: MaskKind, other: MaskKind) -> All:
     return All((*kinds[0], *kinds[1]))
 
 
-class Scoring(NamedTuple):
+@dataclass(slots=True)
+class Scoring(_Record):
     """How a kernel turns queries and keys into weights.
 
     `mask`, `causal`, `window` and `mods` are the normal form of a mask: all of them hold at once.

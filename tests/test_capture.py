@@ -410,7 +410,7 @@ def test_maps_equal_plain_attention_in_every_configuration(case: Any) -> None:
     q, k, v, scoring, o = calls[0]
     if scoring.mask is not None and len(scoring.mask[0]) not in (1, len(q)):
         rows = torch.arange(len(q)) % len(scoring.mask[0])
-        scoring = scoring._replace(mask=type(scoring.mask)(scoring.mask[0][rows]))
+        scoring = scoring.but(mask=type(scoring.mask)(scoring.mask[0][rows]))
     linear = proc.recipe.kernel.linear
     expected = naive_weights(q, k, scoring, linear)
     if not proc.recipe.around:

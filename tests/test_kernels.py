@@ -87,7 +87,7 @@ def test_varlen(case: str, fake_varlen: FakeFlash) -> None:
     scoring = SCORINGS[case]
     if scoring.window is None or fake_varlen.has_windows:
         equal(VARLEN, scoring)
-        equal(VARLEN, scoring._replace(scale=torch.tensor(0.3)))
+        equal(VARLEN, scoring.but(scale=torch.tensor(0.3)))
         return
     reasons = why_not(VARLEN.takes, ask(*inputs(), scoring))
     assert "mask window: this version of torch has none" in reasons

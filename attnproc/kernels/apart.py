@@ -26,7 +26,7 @@ def worth_parting(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
         return False
     start, stop = mask.within
     few = (stop - start) * _MORE <= k.shape[2]
-    return few and gives_lse(q, k, v, scoring._replace(mask=None))
+    return few and gives_lse(q, k, v, scoring.but(mask=None))
 
 
 def apart(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor | None:
@@ -37,7 +37,7 @@ def apart(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor | None:
     start, stop = mask.within
     hidden = slice(start, stop)
     rest = slice(stop, None) if start == 0 else slice(0, start)
-    scoring = scoring._replace(mask=None)
+    scoring = scoring.but(mask=None)
     some_k, some_v = k[:, :, hidden], v[:, :, hidden]
 
     # Finite: with nothing to see the weight below comes out as zero all the same.

@@ -44,7 +44,7 @@ class Sliced:
             for head in range(0, heads, self.size):
                 part = slice(row, row + 1), slice(head, head + self.size)
                 mods = tuple(OfRows(mod, row, head) for mod in scoring.mods)
-                some = scoring._replace(mask=_part(scoring.mask, *part), mods=mods)
+                some = scoring.but(mask=_part(scoring.mask, *part), mods=mods)
                 parts.append(kernel(q[part], k[part], v[part], some))
         return torch.cat(parts, dim=1).unflatten(1, (batch, heads))[0]
 
@@ -78,7 +78,7 @@ def identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scori
     mask = dense_mask(scoring, q, k)
     if mask is not None:
         mask = Bias(_rows(mask, text))
-        scoring = scoring._replace(mask=mask, causal=False, window=None, mods=())
+        scoring = scoring.but(mask=mask, causal=False, window=None, mods=())
     rest = kernel(q[:, :, text], k, v, scoring)
     return _cat((rest, seen) if start else (seen, rest), 2)
 

@@ -46,12 +46,12 @@ def own_call(proc: Processor, call: Call) -> Call:
         return call
     if not spread.inside:
         return (
-            call if call.ip_masks is None else call._replace(ip_masks=_masks(proc, call, spread))
+            call if call.ip_masks is None else call.but(ip_masks=_masks(proc, call, spread))
         )
     if not takes_own(spread, proc.recipe, call):
         return call
     if call.ip_masks is not None:
-        call = call._replace(ip_masks=_masks(proc, call, spread))
+        call = call.but(ip_masks=_masks(proc, call, spread))
     if rotary is None:
         return call
     at = spans(shares(tokens_of(proc.recipe, call.x), spread.tokens.size))[spread.tokens.rank]
@@ -59,7 +59,7 @@ def own_call(proc: Processor, call: Call) -> Call:
     axis = -3 if rotary.form is per_head else -2
     cross = call.context is not None and call.context is not call.x
     of_keys = call.key_rope if cross else _own_table(call.key_rope, at, axis, 0)
-    return call._replace(rope=_own_table(call.rope, at, axis, text), key_rope=of_keys)
+    return call.but(rope=_own_table(call.rope, at, axis, text), key_rope=of_keys)
 
 
 def takes_own(spread: Spread, recipe: Recipe, call: Call) -> bool:
@@ -122,10 +122,10 @@ def _beside(
     if scoring.image_keys is None:
         return kernel(q, k, v, scoring)
     recipe = at.recipe.but(around=(), edits=(), text_first=False)
-    site = at._replace(recipe=recipe, call=at.call._replace(mask=None))
+    site = at.but(recipe=recipe, call=at.call.but(mask=None))
     prompt = k.shape[2] - scoring.image_keys[1]
     _, arranged, kernel, home = spread_out(site, Arranged(q, k, v, q.shape[2], prompt), kernel)
-    o = kernel(arranged.q, arranged.k, arranged.v, scoring._replace(image_keys=None))
+    o = kernel(arranged.q, arranged.k, arranged.v, scoring.but(image_keys=None))
     return home(o, None)[0]
 
 
@@ -199,7 +199,7 @@ def _text_shown(at: Site, arranged: Arranged, spread: Spread) -> tuple[Arranged,
     text = running.text or 0
     hidden = 0 < text < arranged.length
     if hidden:
-        arranged = arranged._replace(length=arranged.length - text, text_keys=text)
+        arranged = arranged.but(length=arranged.length - text, text_keys=text)
     return arranged, hidden
 
 
@@ -231,8 +231,9 @@ def _linear(work: _Work) -> Way | None:
         return None
     if not places.image_whole:
         return at, arranged, Reduced(axis), stay
-    q, k, v = (_own_of_image(t, places.of_q, axis.rank) for t in arranged[:3])
-    arranged = arranged._replace(q=q, k=k, v=v, length=q.shape[2])
+    whole = arranged.q, arranged.k, arranged.v
+    q, k, v = (_own_of_image(t, places.of_q, axis.rank) for t in whole)
+    arranged = arranged.but(q=q, k=k, v=v, length=q.shape[2])
     return at, arranged, Reduced(axis), partial(_all_of_image, places)
 
 
@@ -285,8 +286,8 @@ def _for_heads(work: _Work) -> Way:
     batches = [batch, *(part.plain(batch) for part in around if hasattr(part, "plain"))]
     mine, total = room.heads[axis.rank], work.arranged.q.shape[1]
     whole = _whole(work)
-    call = whole.call._replace(mask=of_heads(mask, mine.queries, total, batches))
-    whole = whole._replace(call=call, recipe=of_all_heads(whole.recipe, room))
+    call = whole.call.but(mask=of_heads(mask, mine.queries, total, batches))
+    whole = whole.but(call=call, recipe=of_all_heads(whole.recipe, room))
     return whole, arranged, work.kernel, partial(_exchanged_home, places, room)
 
 
@@ -299,14 +300,14 @@ def _exchanged(work: _Work, axis: Axis) -> tuple[Arranged, Room]:
     q, k, v = to_heads(room, q, k, v, places.of_q, places.of_k)
     found = Arranged(q, k, v, sum(places.of_q.image), sum(places.of_k.text))
     if places.hidden:
-        found = found._replace(length=q.shape[2], text_keys=0)
+        found = found.but(length=q.shape[2], text_keys=0)
     return found, room
 
 
 def _own(work: _Work) -> tuple[Tensor, Tensor, Tensor]:
     """Own queries, keys and values of what came, of which a rank may have more."""
     places, arranged = work.places, work.arranged
-    q, k, v = arranged[:3]
+    q, k, v = arranged.q, arranged.k, arranged.v
     rank = places.spread.tokens.rank
     if places.text_whole or places.cross:
         q = _own_of_text(q, arranged.length, places.of_q, rank)
@@ -376,7 +377,7 @@ def _whole(work: _Work) -> Site:
     if places.spread.inside or x.ndim != 3:
         return at
     x = x[:, :1].expand(-1, sum(places.of_q.image), -1)
-    return at._replace(call=at.call._replace(x=x))
+    return at.but(call=at.call.but(x=x))
 
 
 def kernel_of(call: Any) -> Kernel:

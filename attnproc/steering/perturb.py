@@ -98,7 +98,7 @@ class Nearby:
         cols = side("image", scoring.image_keys, k.shape[2])
         width = grid_of(len(rows), self.aspect)[1]
         near = _Near(self.radius, width, len(rows), rows.start, cols.start)
-        return kernel(q, k, v, scoring._replace(mods=(*scoring.mods, near)))
+        return kernel(q, k, v, scoring.but(mods=(*scoring.mods, near)))
 
 
 @dataclass(frozen=True)

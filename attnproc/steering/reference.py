@@ -108,7 +108,7 @@ def _widened(
         second = torch.arange(k.shape[2] + len(image), device=k.device) >= k.shape[2]
         mask = joined(mask, Keys(~(own[:, None] & second)))
     keys = scoring.image_keys or (image.start, image.stop)
-    return scoring._replace(mask=mask, image_keys=keys)
+    return scoring.but(mask=mask, image_keys=keys)
 
 
 def _wider(mask: Mask, image: range, first: list[int]) -> Mask:

@@ -92,14 +92,14 @@ class Regional:
         layout = _layout(self, scoring, q.shape[2], k.shape[2])
         hard = not self.base and not any(region.soft for region in self.regions)
         if steady and strength == 1 and hard:
-            scoring = scoring._replace(mods=(*scoring.mods, _Seen(layout)))
+            scoring = scoring.but(mods=(*scoring.mods, _Seen(layout)))
             return kernel(q, k, v, scoring)
         made = _both if torch.compiler.is_compiling() else _kept_both
         plain, seen = made(layout, q.device)  # [Q, K]
         shown = plain + strength * (seen - plain)
         bias = Bias(shown.log().to(q.dtype)[None, None])
         mask = joined(scoring.mask, bias)
-        return kernel(q, k, v, scoring._replace(mask=mask))
+        return kernel(q, k, v, scoring.but(mask=mask))
 
 
 @dataclass(frozen=True)

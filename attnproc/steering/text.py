@@ -40,5 +40,5 @@ class TextBefore:
                     "are text: there is no image"
                 )
             places = (self.tokens, q.shape[2]), (self.tokens, k.shape[2])
-            scoring = scoring._replace(image=places[0], image_keys=places[1])
+            scoring = scoring.but(image=places[0], image_keys=places[1])
         return kernel(q, k, v, scoring)

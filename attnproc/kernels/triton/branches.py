@@ -66,7 +66,7 @@ def _added(
         more = tl.maximum(most, tl.max(found, axis=1))
         sums = sums * tl.exp2(most - more) + tl.sum(tl.exp2(found - more[:, None]), axis=1)
         most = more
-    factor = weight / sums
+    factor = tl.cast(weight, tl.float32) / sums
     if w is not None:
         w = w + batch * w_batch + tokens * w_token
         factor = factor * tl.load(w, mask=live, other=0.0).to(tl.float32)
@@ -90,6 +90,8 @@ def _attend(
     T: tl.constexpr,
 ):  # fmt: skip
     """The sum for some queries of one head."""
+    # Compiled code may hand numbers over in double precision.
+    scale = tl.cast(scale, tl.float32)
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // H, row % H
     first = tl.program_id(0).to(tl.int64) * T

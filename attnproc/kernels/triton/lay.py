@@ -60,6 +60,8 @@ class Lay(NamedTuple):
 @triton.jit
 def _inverse(total, count, eps, NORM: tl.constexpr):
     """What a norm multiplies by, given the sum of squares."""
+    # Compiled code may hand numbers over in double precision.
+    eps = tl.cast(eps, tl.float32)
     if NORM == _L2:
         inverse = 1.0 / tl.maximum(tl.sqrt(total), eps)
     else:

@@ -95,6 +95,8 @@ def _apply(
     D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Outputs of some tokens of one head."""
+    # Compiled code may hand numbers over in double precision.
+    eps = tl.cast(eps, tl.float32)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DP)
     whole, sums = _summed(state, total, row, tl.num_programs(0), d, parts, D, DP)
@@ -119,6 +121,7 @@ def _back_queries(
     D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some queries of one head, and their part of the sums' gradients."""
+    eps = tl.cast(eps, tl.float32)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DP)
     whole, sums = _summed(state, total, row, tl.num_programs(0), d, parts, D, DP)

@@ -88,7 +88,8 @@ def _norm(
         inside = live[:, None] & (c < C)[None, :]
         part = tl.load(y + rows + c[None, :], mask=inside, other=0.0).to(tl.float32)
         squares += part * part
-    inverse = tl.rsqrt(tl.sum(squares, axis=1) / C + eps)
+    # Compiled code may hand numbers over in double precision.
+    inverse = tl.rsqrt(tl.sum(squares, axis=1) / C + tl.cast(eps, tl.float32))
     for first in range(0, C, CB):
         c = first + tl.arange(0, CB)
         inside = live[:, None] & (c < C)[None, :]
