@@ -42,6 +42,10 @@ class Processor(Verbs, nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    # torch's own takes anything, by its signature; a processor without settings takes nothing.
+    def __init__(self) -> None:
+        super().__init__()
+
     def run(self, attn: Any, call: Call) -> Any:
         """Runs the line for one call."""
         return attend(self.recipe, self, attn, call)

@@ -61,6 +61,12 @@ def test_constructor(cls: str) -> None:
     assert constructor(getattr(attnproc, cls)) == want
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_constructor_takes_nothing_unnamed(cls: str) -> None:
+    found = inspect.signature(getattr(attnproc, cls)).parameters.values()
+    assert not [parameter.name for parameter in found if parameter.kind in VARIADIC]
+
+
 @pytest.mark.parametrize("cls", LORA_BASES)
 def test_constructor_of_lora(cls: str) -> None:
     assert constructor(getattr(attnproc, cls)) == LORA_ARGUMENTS[cls]
