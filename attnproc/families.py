@@ -128,11 +128,12 @@ def _carried(
 ) -> Callable[..., Any]:
     kept = {key: getattr(processor, key) for key in family.takes if hasattr(processor, key)}
     made = preset(name)(**kept, **given)
-    if isinstance(processor, nn.Module) and isinstance(made, nn.Module):
+    if isinstance(processor, nn.Module):
         # The modules themselves move: optimizers, devices and adapters on them stay valid.
         for key, child in processor.named_children():
             setattr(made, key, child)
-        made.train(processor.training)
+        if isinstance(made, nn.Module):
+            made.train(processor.training)
     return made
 
 

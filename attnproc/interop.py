@@ -99,7 +99,7 @@ def adopt(kind: type[Processor], old: Any) -> Processor:
     # The weights that the constructor makes give way to those of `old`.
     with torch.device("meta"):
         new = kind(**kind.settings_of(old))
-    if isinstance(old, nn.Module):
+    if isinstance(old, nn.Module) and isinstance(new, nn.Module):
         new.__dict__["_modules"] = dict(old.named_children())
         new.train(old.training)
     for name in ("scale", "_attention_backend", "_parallel_config"):

@@ -295,13 +295,13 @@ class _Saved:
     def of(cls, attn: Any) -> _Saved:
         processor = attn.processor
         state = {key: _shallow(value) for key, value in vars(processor).items()}
-        weights = {key: value.clone() for key, value in processor.state_dict().items()}
+        weights = {key: value.detach().clone() for key, value in _weights(processor).items()}
         return cls(attn, processor, state, weights)
 
     def restore(self) -> None:
         self.processor.__dict__.clear()
         self.processor.__dict__.update({k: _shallow(v) for k, v in self.state.items()})
-        for key, value in self.processor.state_dict(keep_vars=True).items():
+        for key, value in _weights(self.processor).items():
             value.data = self.weights[key].clone()
         put(self.attn, self.processor)
 
@@ -316,6 +316,11 @@ class Snapshot:
         """Puts the processors back with their settings, weights, devices and dtypes."""
         for layer in self.saved:
             layer.restore()
+
+
+def _weights(processor: Any) -> dict[str, Tensor]:
+    """The parameters and buffers themselves."""
+    return processor.state_dict(keep_vars=True) if isinstance(processor, nn.Module) else {}
 
 
 def _shallow(value: Any) -> Any:

@@ -6,8 +6,9 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -16,15 +17,16 @@ from .schedules import Weight
 from .types import Call, Recipe
 from .verbs import Verbs
 
-__all__ = ["KernelSetting", "Processor", "Setting"]
+__all__ = ["Holder", "KernelSetting", "Processor", "Setting", "holder"]
 
 
-class Processor(Verbs, nn.Module):
+class Processor(Verbs):
     """An attention processor: calls the line with its recipe.
 
     Subclasses give a `recipe`, a `__call__` signature (`attnproc.calls`) and, where they hold
-    weights, a constructor. A processor is a module so that its weights move, train and save with
-    the model's.
+    weights, a constructor. With weights a processor is a module (`Holder`), so that they move,
+    train and save with the model's. Without any it is none, as in diffusers, whose pipelines
+    write `attn.processor = ...`: torch refuses a plain object where a module was.
 
     Attributes:
         recipe: The parts. Changed copies come from `but`.
@@ -49,6 +51,21 @@ class Processor(Verbs, nn.Module):
             # diffusers asks for it before every call, which takes as long as two launches.
             called.__signature__ = inspect.signature(called)
 
+    # torch's own takes anything, by its signature; a processor without settings takes nothing.
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and not isinstance(self, nn.Module):
+            self.__class__ = holder(type(self))
+            nn.Module.__init__(cast("nn.Module", self))
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        if isinstance(self, nn.Module):
+            return nn.Module.__repr__(self)
+        return f"{type(self).__name__}()"
+
     def run(self, attn: Any, call: Call) -> Any:
         """Runs the line for one call."""
         return attend(self.recipe, self, attn, call)
@@ -57,7 +74,8 @@ class Processor(Verbs, nn.Module):
         """A copy with some parts of the recipe changed; it shares this processor's weights."""
         new = copy.copy(self)
         for registry in ("_modules", "_parameters", "_buffers"):
-            new.__dict__[registry] = dict(self.__dict__[registry])
+            if registry in self.__dict__:
+                new.__dict__[registry] = dict(self.__dict__[registry])
         new.__dict__["recipe"] = self.recipe.but(**changes)
         return new
 
@@ -73,6 +91,34 @@ class Processor(Verbs, nn.Module):
 
         width = max(len(name) for name, _ in parts(self.recipe))
         return "\n".join(f"{name:<{width}}  {part}" for name, part in parts(self.recipe))
+
+
+class Holder(Processor, nn.Module):
+    """A processor that holds weights."""
+
+
+class _Grown:
+    """What a class has that is made when a processor is given weights."""
+
+    grown_from: type[Processor]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (self.grown_from,), self.__dict__
+
+
+@cache
+def holder(kind: type[Processor]) -> type[Processor]:
+    """The class of processors of a kind that hold weights; the kind itself where all do."""
+    if issubclass(kind, nn.Module):
+        return kind
+    names = ("__module__", "__qualname__", "__doc__")
+    own = {name: getattr(kind, name) for name in names} | {"grown_from": kind}
+    return cast("type[Processor]", type(kind.__name__, (_Grown, kind, nn.Module), own))
+
+
+def _empty(kind: type[Processor]) -> Processor:
+    grown = holder(kind)
+    return grown.__new__(grown)
 
 
 class Setting:

@@ -85,8 +85,8 @@ def per_head(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def complex_pairs(x: Tensor, table: Tensor) -> Tensor:
-    """Neighbouring channels; `table` is complex ``[B|1, S, D/2]`` (Lumina)."""
-    cos, sin = (part.unsqueeze(2) for part in torch.view_as_real(table).unbind(-1))
+    """Neighbouring channels, times `table`: numbers ``[B|1, S, D/2]``, mostly complex (Lumina)."""
+    cos, sin = (part.unsqueeze(2) for part in _real_imag(table))
     return per_head(x, (cos, sin))
 
 
@@ -135,7 +135,7 @@ def table_of(form: Callable[[Tensor, Any], Tensor], table: Any) -> Table | None:
         cos, sin = (part if part.ndim == 3 else part[None] for part in both)
         return Table(cos.unsqueeze(2), sin.unsqueeze(2), third, 3 * third)
     if form is complex_pairs:
-        cos, sin = torch.view_as_real(table).unbind(-1)
+        cos, sin = _real_imag(table)
         return Table(cos.unsqueeze(2), sin.unsqueeze(2), 2, 2 * cos.shape[-1], 2)
     if form is per_head:
         cos, sin = (part[None] if part.ndim == 3 else part for part in table)
@@ -146,6 +146,12 @@ def table_of(form: Callable[[Tensor, Any], Tensor], table: Any) -> Table | None:
         width = 2 if form is pairs else turned
         return Table(cos.unsqueeze(2), sin.unsqueeze(2), width, turned) if cos.ndim == 3 else None
     return None
+
+
+def _real_imag(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    if numbers.is_complex():
+        return numbers.real, numbers.imag
+    return numbers, torch.zeros_like(numbers)
 
 
 def _wide(x: Tensor) -> Tensor:

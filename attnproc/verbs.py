@@ -271,7 +271,7 @@ class Verbs:
         if name == "ip":
             proc.__dict__.update(scale=[], num_tokens=[])
         suffix = f"_{LoRA(name).suffix}" if LoRA(name) in self.recipe.linears else f"_{name}"
-        for child, _ in list(proc.named_children()):
+        for child, _ in _children(proc):
             if child.endswith(suffix) or _is_prompt(child, name):
                 delattr(proc, child)
         return proc
@@ -370,6 +370,10 @@ def _rank(part: AroundPart) -> int:
     return _AROUND.index(name) if name in _AROUND else -1
 
 
+def _children(proc: Processor) -> list[tuple[str, nn.Module]]:
+    return list(proc.named_children()) if isinstance(proc, nn.Module) else []
+
+
 def _is_prompt(child: str, name: str) -> bool:
     return name == "ip" and child in ("norm_ip", "norm_q", "norm_k", "norm_ip_k")
 
@@ -386,7 +390,7 @@ def _settled(proc: Processor, old: Verbs, attn: Any) -> Processor:
     """`proc` with the weights that `old` lacks on the device and in the dtype of `attn`."""
     weight = attn.to_q.weight
     dtype = weight.dtype if weight.is_floating_point() else None
-    for name, child in proc.named_children():
+    for name, child in _children(proc):
         if getattr(old, name, None) is not child:
             child.to(device=weight.device, dtype=dtype)
     return proc

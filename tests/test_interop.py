@@ -76,6 +76,22 @@ def test_a_second_swap_keeps_the_first() -> None:
     assert [attn.processor for _, attn in processors(model)] == before
 
 
+def test_a_plain_processor_is_written_over_ours_as_over_diffusers() -> None:
+    # Pipelines of diffusers do so (PAG, SAG), and torch refuses it where a module was.
+    model, inputs = unet()
+    before = outputs(model, inputs)
+    attnproc.swap(model)
+    ours = dict(model.attn_processors)
+
+    for _, attn in processors(model):
+        attn.processor = theirs.AttnProcessor2_0()
+    assert torch.equal(outputs(model, inputs), before)
+
+    model.set_attn_processor(ours)
+    for _, attn in processors(model):
+        attn.processor = theirs.AttnProcessor2_0()
+
+
 class Foreign(theirs.AttnProcessor2_0):
     """A processor of someone else's."""
 
@@ -153,7 +169,9 @@ def test_moves_dtypes_and_copies_follow_the_model() -> None:
 
     model.to(torch.bfloat16)
 
-    tensors = [p for _, attn in processors(model) for p in attn.processor.parameters()]
+    tensors = [
+        p for path, a in processors(model) if "attn2" in path for p in a.processor.parameters()
+    ]
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     attnproc.restore(model)
     dtypes = {p.dtype for _, attn in processors(model) for p in attn.parameters()}

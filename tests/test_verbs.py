@@ -35,7 +35,7 @@ def test_copies_share_weights_and_leave_the_original_alone() -> None:
     plain = attnproc.AttnProcessor2_0()
     styled = plain.with_lora(attn, "style")
     sliced = styled.with_slicing(2)
-    assert not list(plain.parameters())
+    assert not isinstance(plain, torch.nn.Module)
     assert sliced.to_q_style_lora is styled.to_q_style_lora
     assert plain.recipe is attnproc.AttnProcessor2_0.recipe
     assert plain.names() == ()

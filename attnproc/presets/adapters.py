@@ -16,6 +16,7 @@ from ..linears import (
     mount_custom_diffusion,
     mount_lora,
 )
+from ..processor import Holder
 from ..prompts import Scale, decoupled, mount_prompts
 from .unet import ADDED_KV, PLAIN, ByXFormers
 
@@ -45,7 +46,7 @@ def attention_widths(wide: int, own: int) -> dict[str, tuple[int, int]]:
 
 # Long constructors stand as diffusers has them, a few lines each.
 # fmt: off
-class IPAdapterAttnProcessor2_0(PromptCall):
+class IPAdapterAttnProcessor2_0(PromptCall, Holder):
     """Attention plus one attention an image prompt (IP-Adapter).
 
     Args:
@@ -88,7 +89,7 @@ class IPAdapterXFormersAttnProcessor(ByXFormers, IPAdapterAttnProcessor2_0):
         self.attention_op = attention_op
 
 
-class CustomDiffusionAttnProcessor2_0(PlainCall):
+class CustomDiffusionAttnProcessor2_0(PlainCall, Holder):
     """Attention with projections of its own (Custom Diffusion).
 
     Args:
@@ -145,7 +146,7 @@ class CustomDiffusionAttnProcessor(CustomDiffusionAttnProcessor2_0):
     recipe = CUSTOM
 
 
-class LoRAAttnProcessor2_0(LoRACall):
+class LoRAAttnProcessor2_0(LoRACall, Holder):
     """Attention with low-rank updates of its projections.
 
     Args:

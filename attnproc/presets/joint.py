@@ -22,6 +22,7 @@ from ..kernels.around import Perturbed
 from ..layouts import joint, joint_packed
 from ..masks import valid_text
 from ..outputs import prompt_apart, to_both
+from ..processor import Holder
 from ..prompts import Scale, decoupled, joint_decoupled, mount_joint_prompt, mount_prompts
 from ..rotary import Rotary, pairs, per_head
 from .unet import PLAIN, WithOperator, WithPartition
@@ -83,7 +84,7 @@ class PAGCFGJointAttnProcessor2_0(AddedCall):
     recipe = JOINT.but(frame=GRID, around=(Perturbed(3),))
 
 
-class SD3IPAdapterJointAttnProcessor2_0(JointPromptCall):
+class SD3IPAdapterJointAttnProcessor2_0(JointPromptCall, Holder):
     """Joint attention plus attention to an image prompt under norms of its own.
 
     Args:
@@ -159,7 +160,7 @@ class XLAFluxFlashAttnProcessor2_0(WithPartition, FluxCall):
     recipe = FLUX.but(kernel=XLA)
 
 
-class FluxIPAdapterJointAttnProcessor2_0(FluxPromptCall):
+class FluxIPAdapterJointAttnProcessor2_0(FluxPromptCall, Holder):
     """Flux attention and one attention an image prompt, returned as a third output.
 
     Args:
