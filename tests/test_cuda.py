@@ -23,6 +23,7 @@ from attnproc.capture import Capture, Maps, capture
 from attnproc.capture.fused import takes
 from attnproc.capture.together import attended
 from attnproc.kernels import AUTO, FLEX, SDPA, ask, registered
+from attnproc.kernels.channel import worth_a_channel
 from attnproc.kernels.fusing import use_fused
 from attnproc.kernels.oracle import oracle
 from attnproc.kernels.plan import pick
@@ -65,6 +66,25 @@ def test_kernels_equal_the_oracle_or_refuse(kernel: Any) -> None:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_kernels_equal_the_oracle_or_refuse_in_many_cases(kernel: Any) -> None:
     print(kernel.name, dict(equal_or_refused(kernel, 1000)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "dim"), [((8, 2), 72), ((4, 4), 40), ((4, 4), 64), ((4, 4), 120)]
+)
+@torch.no_grad()
+def test_masks_over_keys_as_channels(heads: tuple[int, int], dim: int, compiled: bool) -> None:
+    q, k, v = (
+        t.transpose(1, 2) for t in drawn((2, 2050, heads[0], dim), *[(2, 2050, heads[1], dim)] * 2)
+    )
+    valid = torch.arange(2050, device=DEVICE) < torch.tensor([[1033], [0]], device=DEVICE)
+    scoring = Scoring(mask=Keys(valid))
+    torch._dynamo.reset()
+    run = torch.compile(AUTO, fullgraph=True) if compiled else AUTO
+    assert worth_a_channel(q, k, v, scoring)
+
+    right, _ = oracle(q, k, v, Keys(valid))
+    close(run(q, k, v, scoring), right, torch.bfloat16)
 
 
 def test_flex_compiled_equals_the_oracle() -> None:

@@ -28,6 +28,8 @@ from attnproc.kernels import (
     use_hub,
     why_not,
 )
+from attnproc.kernels.channel import by_channel, worth_a_channel
+from attnproc.kernels.oracle import oracle
 from attnproc.kernels.packed import pack
 from attnproc.types import Bias, Blocks, Keys, Scoring
 
@@ -53,6 +55,20 @@ SCORINGS = {
     "window": Scoring(window=(2, None)),
     "causal window": Scoring(causal=True, window=(2, None)),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 1)])
+def test_a_mask_over_keys_as_channels(rows: slice, dtype: torch.dtype) -> None:
+    # One row's keys are all hidden: what comes out is zero.
+    scoring = Scoring(mask=Keys(VALID[rows]), scale=0.3)
+    q, k, v = (10 * t.detach().to(dtype) for t in inputs())
+    found = by_channel(q, k, v, scoring)
+    right, _ = oracle(q, k, v, Keys(VALID[rows]), scale=0.3)
+    allowed = 1e-4 if dtype is torch.float32 else 5e-2
+    torch.testing.assert_close(found.double(), right, rtol=allowed, atol=10 * allowed)
+    # It is for cuDNN alone.
+    assert not worth_a_channel(q, k, v, scoring)
 
 
 def equal(kernel: Kernel, scoring: Scoring) -> None:

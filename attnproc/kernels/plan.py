@@ -9,6 +9,7 @@ from torch import Tensor
 from ..types import Scoring
 from .apart import apart, worth_parting
 from .base import Kernel, registered
+from .channel import by_channel, worth_a_channel
 from .chunked import CHUNKED
 from .flex import FLEX
 from .native import BOUNDED, SDPA, only_causal, sdpa
@@ -46,6 +47,8 @@ def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         o = apart(q, k, v, scoring)
         if o is not None:
             return o
+    if worth_a_channel(q, k, v, scoring) and not is_tuned(q.device.type):
+        return by_channel(q, k, v, scoring)
     return pick(ask(q, k, v, scoring))(q, k, v, scoring)
 
 

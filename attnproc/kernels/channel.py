@@ -1,0 +1,74 @@
+"""A mask over keys as further channels of queries and keys: exact, and without a mask.
+
+A mask takes torch's kernels off their fast path, while their tiles have room for more channels
+than most heads have. In these every query holds a large number, and a hidden key the same with a
+minus, which takes its score so far down that its weight comes out as zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from ..types import Keys, Scoring
+from .takes import constant
+from .visible import filled
+
+__all__ = ["by_channel", "worth_a_channel"]
+
+# Channels come in steps of this many, up to this many a head.
+_STEP, _MOST = 8, 128
+# Scores of a call below which the copies of queries and keys take more time than the mask does.
+_FEWEST = 1 << 22
+# Its square, eight times, is finite in bfloat16 and float32.
+_FAR = 2.0**60
+# Tokens of the call that torch is asked about.
+_PROBE = 256
+
+
+def worth_a_channel(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
+    """Whether a mask over keys goes faster as channels; no gradients go through them."""
+    if not isinstance(scoring.mask, Keys) or q.device.type != "cuda":
+        return False
+    if scoring.causal or scoring.window is not None or scoring.mods or scoring.dropout:
+        return False
+    dim, tokens = q.shape[3], q.shape[0] * q.shape[2]
+    if q.dtype != torch.bfloat16 or dim % _STEP or dim + _STEP > _MOST:
+        return False
+    if tokens * k.shape[2] < _FEWEST or isinstance(scoring.scale, Tensor):
+        return False
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    return _goes_by_cudnn(q.dtype, q.shape[1] // k.shape[1], dim + _STEP, v.shape[3])
+
+
+@constant
+def _goes_by_cudnn(dtype: torch.dtype, group: int, dim: int, v_dim: int) -> bool:
+    """Whether torch takes cuDNN, which alone takes values of another width fast."""
+    device = torch.device("cuda")
+    q = torch.empty(1, group, _PROBE, dim, device=device, dtype=dtype)
+    k = torch.empty(1, 1, _PROBE, dim, device=device, dtype=dtype)
+    v = torch.empty(1, 1, _PROBE, v_dim, device=device, dtype=dtype)
+    choice: Any = torch._fused_sdp_choice  # pyright: ignore
+    return choice(q, k, v, enable_gqa=group > 1) == SDPBackend.CUDNN_ATTENTION.value
+
+
+def by_channel(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """Attention ``[B, H, Q, D]`` under a mask over keys alone; zero where it hides all of them."""
+    assert isinstance(scoring.mask, Keys) and not isinstance(scoring.scale, Tensor)
+    seen, some = filled(scoring.mask.valid)
+    far = q.new_full((), _FAR)
+    hides = torch.where(seen, 0.0, -_FAR).to(k.dtype)[:, None, :, None]  # [B|1, 1, K, 1]
+    wide_q = torch.cat((q, far.expand(*q.shape[:3], _STEP)), dim=-1)
+    wide_k = torch.cat((k, hides.expand(*k.shape[:3], _STEP)), dim=-1)
+    return F.scaled_dot_product_attention(
+        wide_q,
+        wide_k,
+        v.masked_fill(~some[:, None, :, None], 0.0),
+        scale=q.shape[3] ** -0.5 if scoring.scale is None else scoring.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
