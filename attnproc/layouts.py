@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .fused_grid import scaled
-from .linears import linear
+from .linears import called, linear
 from .types import QKV, ProjectPart, Site, Streams
 
 __all__ = [
@@ -160,5 +160,5 @@ def _text(at: Site, context: Tensor) -> QKV:
 def _split(at: Site, layer: str, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """The parts of one product, each with the adapters of its name."""
     widths = [getattr(at.attn, name).out_features for name in names]
-    parts = getattr(at.attn, layer)(x).split(widths, dim=-1)
+    parts = called(getattr(at.attn, layer), x).split(widths, dim=-1)
     return [linear(at, name, x, part) for name, part in zip(names, parts, strict=True)]

@@ -18,6 +18,7 @@ from torch.nn.modules import module
 
 from .schedules import amount, is_off
 from .types import Site
+from .widened import is_slow, widened
 
 __all__ = [
     "PROJECTIONS",
@@ -92,6 +93,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Those torch would copy together, and add the bias in a pass of its own.
     """
+    if is_slow(x, weight):
+        return widened(x, weight, bias)
     if x.ndim != 3 or x.is_contiguous() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     if not _goes_by_rows(x, weight):
@@ -171,7 +174,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes in the dtype of the weights and returns that of `x` ``[..., in_features]``."""
-        y = self.up(self.down(x.to(self.down.weight.dtype))).to(x.dtype)
+        y = called(self.up, called(self.down, x.to(self.down.weight.dtype))).to(x.dtype)
         return y if self.network_alpha is None else y * (self.network_alpha / self.rank)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .takes import missing
 
-__all__ = ["alike", "fusable", "keeps_nothing", "use_fused"]
+__all__ = ["alike", "fusable", "is_transformed", "keeps_nothing", "use_fused"]
 
 # Not part of torch's typed interface.
 _TORCH: Any = torch
@@ -37,11 +37,12 @@ def fusable(x: Tensor) -> bool:
     """Whether a tensor is of a kind that the kernels take, and they are wanted and there."""
     if not (x.is_cuda or _INTERPRETED) or not _wanted or x.dtype not in _DTYPES:
         return False
-    # Transforms of `torch.func` ask for gradients behind the tensors' backs.
-    transformed = not torch.compiler.is_compiling() and (
-        _TORCH._C._are_functorch_transforms_active()
-    )
-    return not transformed and not missing("triton", "")
+    return not is_transformed() and not missing("triton", "")
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` may ask for gradients behind the tensors' backs."""
+    return not torch.compiler.is_compiling() and _TORCH._C._are_functorch_transforms_active()
 
 
 def keeps_nothing() -> bool:
