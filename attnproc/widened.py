@@ -49,8 +49,8 @@ def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens = x.flatten(0, -2)
     out = x.new_empty(tokens.shape[0], weight.shape[0])
     # What is wide takes no more than the result, so it does not set the peak of memory.
-    half = tokens.shape[0] // 2 // _LEAST * _LEAST
-    step = min(max(half, _LEAST), _MOST)
+    few = tokens.shape[0] < 2 * _LEAST
+    step = tokens.shape[0] if few else min(tokens.shape[0] // 2 // _LEAST * _LEAST, _MOST)
     for some, into in zip(tokens.split(step), out.split(step), strict=True):
         _fill(into, some.float(), weight, bias, max(step // 2, _LEAST))
     return out.unflatten(0, x.shape[:-1])
