@@ -1,8 +1,7 @@
 """DC-AE's way in and way out by faster kernels, where they can stand in for the composed parts.
 
-What the parts are decides: plain layers of known form and one dtype, on a GPU or a CPU that is slow in it,
-without gradients.
-Everything else goes the composed way.
+What the parts are decides: plain layers of known form and one dtype, on a GPU or on a CPU that is
+slow in it, without gradients. Everything else goes the composed way.
 """
 
 from __future__ import annotations

@@ -242,8 +242,8 @@ class CustomDiffusion:
         if layer is None:
             return y
         if isinstance(layer, nn.ModuleList):
-            return layer[0](x)
-        return layer(x.to(layer.weight.dtype)).to(at.attn.to_q.weight.dtype)
+            return called(layer[0], x)
+        return called(layer, x.to(layer.weight.dtype)).to(at.attn.to_q.weight.dtype)
 
 
 def mount_custom_diffusion(
