@@ -1,7 +1,7 @@
-"""DC-AE's way in and way out by fused kernels, where they can stand in for the composed parts.
+"""DC-AE's way in and way out by faster kernels, where they can stand in for the composed parts.
 
-What the parts are decides: plain layers of known form and one dtype, on a GPU, without gradients.
-Everything else goes the composed way.
+What the parts are decides: plain layers of known form and one dtype, on a GPU or on a CPU that is
+slow in it, without gradients. Everything else goes the composed way.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.fusing import alike, fusable
 from .linears import is_watched, module_linear
 from .norms import formula
 from .types import Site
+from .widened import is_slow
 
-__all__ = ["normed", "scaled"]
+__all__ = ["mixed", "normed", "scaled"]
 
 # Blocks whose `forward` is `proj_out` of `proj_in`.
 _BLOCKS = (
@@ -55,6 +57,16 @@ def scaled(at: Site, names: tuple[str, ...], x: Tensor) -> Tensor | None:
     from .kernels.triton.multiscale import scaled_products
 
     return scaled_products(x, weights, convolutions[::2], convolutions[1::2])
+
+
+def mixed(block: Any, x: Tensor) -> Tensor:
+    """What a block makes of queries, keys and values ``[B, 3W, height, width]``."""
+    near, within = _convolutions(block, x)
+    if near is None or within is None or not is_slow(x, near):
+        return block(x)
+    channels, side = near.shape[0], near.shape[2]
+    y = F.conv2d(x.float(), near.float(), padding=side // 2, groups=channels).to(x.dtype)
+    return F.conv2d(y.float(), within.float(), groups=channels // within.shape[1]).to(x.dtype)
 
 
 def normed(at: Site, y: Tensor, x: Tensor | None) -> Tensor | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fused_grid import scaled
-from .linears import linear
+from .fused_grid import mixed, scaled
+from .linears import called, linear
 from .types import QKV, ProjectPart, Site, Streams
 
 __all__ = [
@@ -79,7 +79,9 @@ def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     if tokens is None:
         grid = x.movedim(1, -1)
         qkv = torch.cat(_together(at, SELF, grid), dim=-1).movedim(-1, 1)
-        scales = torch.cat([qkv, *(block(qkv) for block in at.attn.to_qkv_multiscale)], dim=1)
+        scales = torch.cat(
+            [qkv, *(mixed(block, qkv) for block in at.attn.to_qkv_multiscale)], dim=1
+        )
         tokens = scales.flatten(2).transpose(1, 2)
     heads = tokens.view(*tokens.shape[:2], -1, 3, at.attn.attention_head_dim)
     return Streams(QKV(*heads.unbind(3)))  # each [B, S, H, D]
@@ -160,5 +162,5 @@ def _text(at: Site, context: Tensor) -> QKV:
 def _split(at: Site, layer: str, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """The parts of one product, each with the adapters of its name."""
     widths = [getattr(at.attn, name).out_features for name in names]
-    parts = getattr(at.attn, layer)(x).split(widths, dim=-1)
+    parts = called(getattr(at.attn, layer), x).split(widths, dim=-1)
     return [linear(at, name, x, part) for name, part in zip(names, parts, strict=True)]

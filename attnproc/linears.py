@@ -18,6 +18,7 @@ from torch.nn.modules import module
 
 from .schedules import amount, is_off
 from .types import Site
+from .widened import is_slow, widened
 
 __all__ = [
     "PROJECTIONS",
@@ -96,6 +97,8 @@ def called(layer: Any, x: Tensor) -> Tensor:
         # Sharded training holds it as an attribute.
         return layer(x)
     bias = held["bias"]
+    if not x.is_cuda and is_slow(x, weight):
+        return widened(x, weight, bias)
     return F.linear(x, weight, bias) if x.is_contiguous() else _product(x, weight, bias)
 
 
@@ -187,7 +190,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes in the dtype of the weights and returns that of `x` ``[..., in_features]``."""
-        y = self.up(self.down(x.to(self.down.weight.dtype))).to(x.dtype)
+        y = called(self.up, called(self.down, x.to(self.down.weight.dtype))).to(x.dtype)
         return y if self.network_alpha is None else y * (self.network_alpha / self.rank)
 
 
@@ -255,8 +258,8 @@ class CustomDiffusion:
         if layer is None:
             return y
         if isinstance(layer, nn.ModuleList):
-            return layer[0](x)
-        return layer(x.to(layer.weight.dtype)).to(at.attn.to_q.weight.dtype)
+            return called(layer[0], x)
+        return called(layer, x.to(layer.weight.dtype)).to(at.attn.to_q.weight.dtype)
 
 
 def mount_custom_diffusion(

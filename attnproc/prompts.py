@@ -283,7 +283,8 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
 
     normed = proc.norm_ip(states, temb=at.call.temb)
     raw = cast("QKV", arranged.raw)
-    prompt = QKV(None, proc.to_k_ip(normed).to(raw.k.dtype), proc.to_v_ip(normed).to(raw.v.dtype))
+    k, v = called(proc.to_k_ip, normed), called(proc.to_v_ip, normed)
+    prompt = QKV(None, k.to(raw.k.dtype), v.to(raw.v.dtype))
     split_stream(prompt, raw.k.shape[3])
     norms = Norms((proc.norm_q, proc.norm_k), (None, proc.norm_ip_k))
     both = laid(Streams(QKV(raw.q, raw.k, raw.v), prompt), norms)

@@ -51,7 +51,10 @@ def join(streams: Streams, text_first: bool) -> QKV:
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    return torch.cat((a, b), dim=1)
+    if a.device.type != "cpu":
+        return torch.cat((a, b), dim=1)
+    # The kernel of a CPU is faster where the tokens of a head lie side by side.
+    return torch.cat((a.transpose(1, 2), b.transpose(1, 2)), dim=2).transpose(1, 2)
 
 
 def from_grid(x: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def _goes_by_cudnn(dtype: torch.dtype, group: int, dim: int, v_dim: int) -> bool
 
 def by_channel(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """Attention ``[B, H, Q, D]`` under a mask over keys alone; zero where it hides all of them."""
-    assert isinstance(scoring.mask, Keys) and not isinstance(scoring.scale, Tensor)
+    assert isinstance(scoring.mask, Keys)
+    assert not isinstance(scoring.scale, Tensor)
     seen, some = filled(scoring.mask.valid)
     far = q.new_full((), _FAR)
     hides = torch.where(seen, 0.0, -_FAR).to(k.dtype)[:, None, :, None]  # [B|1, 1, K, 1]

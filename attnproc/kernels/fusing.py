@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from .takes import missing
 
-__all__ = ["INTERPRETED", "alike", "fusable", "keeps_nothing", "use_fused", "withheld"]
+__all__ = [
+    "INTERPRETED",
+    "alike",
+    "fusable",
+    "is_transformed",
+    "keeps_nothing",
+    "use_fused",
+    "withheld",
+]
 
 # Not part of torch's typed interface.
 _TORCH: Any = torch
@@ -37,13 +45,17 @@ def fusable(x: Tensor) -> bool:
     """Whether a tensor is of a kind that the kernels take, and they are wanted and there."""
     if not (x.is_cuda or INTERPRETED) or not _wanted or x.dtype not in _DTYPES:
         return False
-    return (torch.compiler.is_compiling() or not withheld()) and not missing("triton", "")
+    return not (is_transformed() or missing("triton", ""))
 
 
 def withheld() -> bool:
     """Whether no kernel may run now, whatever the tensors are."""
-    # Transforms of `torch.func` ask for gradients behind the tensors' backs.
-    return not _wanted or _TORCH._C._are_functorch_transforms_active()
+    return not _wanted or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` may ask for gradients behind the tensors' backs."""
+    return not torch.compiler.is_compiling() and _TORCH._C._are_functorch_transforms_active()
 
 
 def keeps_nothing() -> bool:
