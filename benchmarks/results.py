@@ -90,7 +90,9 @@ def machine(device: str) -> dict[str, Any]:
     if device == "cuda":
         versions["cuda"] = str(torch.version.cuda)
         return {"device": torch.cuda.get_device_name(), "versions": versions}
-    return {"device": _processor(), "threads": torch.get_num_threads(), "versions": versions}
+    # What instructions torch uses decides how fast half precision is.
+    name = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def _processor() -> str:
