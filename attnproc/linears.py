@@ -91,12 +91,12 @@ def called(layer: Any, x: Tensor) -> Tensor:
     # Compiled code has no such cost, but a guard for whatever is looked at.
     if torch.compiler.is_compiling() or layer.__class__ is not nn.Linear or is_watched(layer):
         return layer(x)
-    held = layer._parameters
-    weight = held.get("weight")
+    own = layer._parameters
+    weight = own.get("weight")
     if weight is None:
         # Sharded training holds it as an attribute.
         return layer(x)
-    bias = held["bias"]
+    bias = own["bias"]
     if not x.is_cuda and is_slow(x, weight):
         return widened(x, weight, bias)
     return F.linear(x, weight, bias) if x.is_contiguous() else _product(x, weight, bias)

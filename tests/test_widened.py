@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from peak import peak_bytes
 from torch import Tensor, nn
 
 from attnproc import widened as module
@@ -38,6 +39,13 @@ def test_is_as_exact_as_torch(shape: tuple[int, ...], bias: bool, dtype: torch.d
     y = widened(x, layer.weight, layer.bias)
     assert (y.shape, y.dtype) == (exact.shape, dtype)
     assert _error(y, exact) <= 1.01 * _error(layer(x), exact)
+
+
+@torch.no_grad()
+def test_holds_a_block_of_each_in_float32_and_no_more() -> None:
+    x, weight = torch.randn(4096, 320).bfloat16(), torch.randn(640, 320).bfloat16()
+    block = 4 * (256 * 320 + 128 * 320 + 256 * 128)
+    assert peak_bytes(lambda: widened(x, weight, None)) <= 2 * 4096 * 640 + block
 
 
 @torch.no_grad()
