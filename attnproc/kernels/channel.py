@@ -7,15 +7,13 @@ minus, which takes its score so far down that its weight comes out as zero.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ..types import Keys, Scoring
-from .takes import constant
+from .lse import backend_of
 from .visible import filled
 
 __all__ = ["by_channel", "worth_a_channel"]
@@ -26,8 +24,6 @@ _STEP, _MOST = 8, 128
 _FEWEST = 1 << 22
 # Its square, eight times, is finite in bfloat16 and float32.
 _FAR = 2.0**60
-# Tokens of the call that torch is asked about.
-_PROBE = 256
 
 
 def worth_a_channel(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
@@ -43,18 +39,9 @@ def worth_a_channel(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
         return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
-    return _goes_by_cudnn(q.dtype, q.shape[1] // k.shape[1], dim + _STEP, v.shape[3])
-
-
-@constant
-def _goes_by_cudnn(dtype: torch.dtype, group: int, dim: int, v_dim: int) -> bool:
-    """Whether torch takes cuDNN, which alone takes values of another width fast."""
-    device = torch.device("cuda")
-    q = torch.empty(1, group, _PROBE, dim, device=device, dtype=dtype)
-    k = torch.empty(1, 1, _PROBE, dim, device=device, dtype=dtype)
-    v = torch.empty(1, 1, _PROBE, v_dim, device=device, dtype=dtype)
-    choice: Any = torch._fused_sdp_choice  # pyright: ignore
-    return choice(q, k, v, enable_gqa=group > 1) == SDPBackend.CUDNN_ATTENTION.value
+    # It alone takes values of another width fast.
+    dims, group = (dim + _STEP, v.shape[3]), q.shape[1] // k.shape[1]
+    return backend_of("cuda", q.dtype, dims, group, False) == SDPBackend.CUDNN_ATTENTION.value
 
 
 def by_channel(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:

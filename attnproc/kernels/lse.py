@@ -12,9 +12,9 @@ from ..types import Scoring
 from .native import only_causal
 from .takes import constant
 
-__all__ = ["gives_lse", "with_lse"]
+__all__ = ["backend_of", "gives_lse", "with_lse"]
 
-# Tokens of the call that torch is asked about while code is traced.
+# Tokens of the call that torch is asked about.
 _PROBE = 256
 
 
@@ -71,14 +71,27 @@ def with_lse(
 def _backend(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> int:
     """Which implementation torch takes."""
     if torch.compiler.is_compiling():
-        return _backend_of(q.device.type, q.dtype, q.shape[3], scoring.causal)
+        return backend_of(q.device.type, q.dtype, (q.shape[3], v.shape[3]), 1, scoring.causal)
     choice: Any = torch._fused_sdp_choice  # pyright: ignore
     return choice(q, k, v, None, 0.0, scoring.causal, scale=scoring.scale)
 
 
 @constant
-def _backend_of(device: str, dtype: torch.dtype, dim: int, causal: bool) -> int:
-    """The same, asked once while tracing: it does not depend on how many tokens there are."""
-    probe = torch.empty(1, 1, _PROBE, dim, device=device, dtype=dtype)
+def backend_of(
+    device: str, dtype: torch.dtype, dims: tuple[int, int], group: int, causal: bool
+) -> int:
+    """Which implementation torch takes for calls of a kind, whatever the number of tokens.
+
+    Args:
+        device: Its type.
+        dtype: Of queries, keys and values.
+        dims: Channels a head of queries and keys, and of values.
+        group: Query heads to a key head.
+        causal: Whether the call is causal.
+    """
+    q, k, v = (
+        torch.empty(1, heads, _PROBE, dim, device=device, dtype=dtype)
+        for heads, dim in ((group, dims[0]), (1, dims[0]), (1, dims[1]))
+    )
     choice: Any = torch._fused_sdp_choice  # pyright: ignore
-    return choice(probe, probe, probe, None, 0.0, causal)
+    return choice(q, k, v, None, 0.0, causal, enable_gqa=group > 1)

@@ -47,7 +47,7 @@ def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         o = apart(q, k, v, scoring)
         if o is not None:
             return o
-    if worth_a_channel(q, k, v, scoring) and not is_tuned(q.device.type):
+    if not is_tuned(q.device.type) and worth_a_channel(q, k, v, scoring):
         return by_channel(q, k, v, scoring)
     return pick(ask(q, k, v, scoring))(q, k, v, scoring)
 
