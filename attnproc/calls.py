@@ -37,10 +37,8 @@ T = Tensor | None
 Context = Tensor | tuple[Tensor, Any] | None
 
 
-def _parted(proc: Processor, context: Context, states: Any) -> tuple[T, Any]:
-    """Text and image-prompt states of a context that may hold both."""
-    if not isinstance(context, tuple):
-        return context, states
+def _parted(proc: Processor, context: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """Text and image-prompt states of a context that holds both."""
     if not proc.recipe.prompts:
         raise ValueError(
             f"encoder_hidden_states is a tuple (text, image prompts), {type(proc).__name__} has "
@@ -59,9 +57,12 @@ def _run(
     rope: Any,
     states: Any,
     masks: Any,
+    **more: Any,
 ) -> Any:
-    text, states = _parted(proc, context, states)
-    return proc.run(attn, Call(x, text, mask, temb, rope, ip_states=states, ip_masks=masks))
+    if isinstance(context, tuple):
+        context, states = _parted(proc, context)
+    call = Call(x, context, mask, temb, rope, ip_states=states, ip_masks=masks, **more)
+    return proc.run(attn, call)
 
 
 # fmt: off
@@ -121,9 +122,8 @@ class LoRACall(Processor):
         attention_mask: T = None, scale: float | Tensor = 1.0, temb: T = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
-        context, states = _parted(self, encoder_hidden_states, ip_hidden_states)
-        return self.run(attn, Call(hidden_states, context, attention_mask, temb, lora_scale=scale,
-                                   ip_states=states, ip_masks=ip_adapter_masks))
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                    ip_hidden_states, ip_adapter_masks, lora_scale=scale)
 
 
 class PromptCall(Processor):
@@ -250,9 +250,9 @@ class LuminaCall(Processor):
         base_sequence_length: int | None = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
-        context, states = _parted(self, encoder_hidden_states, ip_hidden_states)
-        return self.run(attn, Call(hidden_states, context, attention_mask, temb, query_rotary_emb,
-                                   key_rotary_emb, base_sequence_length, states, ip_adapter_masks))
+        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                    query_rotary_emb, ip_hidden_states, ip_adapter_masks,
+                    key_rope=key_rotary_emb, base_length=base_sequence_length)
 
 
 class GridCall(Processor):

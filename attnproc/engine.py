@@ -10,7 +10,6 @@ from torch import Tensor
 from .kernels import choose
 from .parallel import beside, own_call, spread_out
 from .prologue import arrange
-from .shapes import merge_heads
 from .types import Arranged, Call, Recipe, Scoring, Site
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     span = scoring.image
     if home is not None:
         o, span = home(o, span)
-    o = merge_heads(o)
+    o = o.transpose(1, 2).flatten(2)  # [B, Q, H*D]
     image, text, *rest = recipe.output(at, o, span, extra)
     del o
     for leave in recipe.leaving:
@@ -84,18 +83,12 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
 def score(at: Site, arranged: Arranged) -> Scoring:
     """The scoring of this call: settings of the module, then the mask."""
     attn, text_first = at.attn, at.recipe.text_first
-    length, text_keys, queries = arranged.length, arranged.text_keys, arranged.q.shape[2]
     plain = Scoring(
         causal=getattr(attn, "is_causal", False),
         scale=at.recipe.scale(at),
         upcast_qk=getattr(attn, "upcast_attention", False),
         upcast_softmax=getattr(attn, "upcast_softmax", False),
-        image=_image(queries, queries - length, text_first) if queries > length else None,
-        image_keys=_image(arranged.k.shape[2], text_keys, text_first) if text_keys else None,
+        image=arranged.image(text_first),
+        image_keys=arranged.image_keys(text_first),
     )
     return at.recipe.mask(at, arranged, plain)
-
-
-def _image(total: int, text: int, text_first: bool) -> tuple[int, int]:
-    """Where the image stands beside a text."""
-    return (text, total) if text_first else (0, total - text)

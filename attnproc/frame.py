@@ -26,7 +26,10 @@ Pair = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Step:
-    """A step that does nothing; the steps below override one side or both."""
+    """A step that does nothing; the steps below override one side or both.
+
+    Steps have no settings, so their sides are static: compiled code checks less than of a method.
+    """
 
     @property
     def enters(self) -> bool:
@@ -36,10 +39,12 @@ class Step:
     def leaves(self) -> bool:
         return type(self).leave is not Step.leave
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
+    @staticmethod
+    def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         return x, context
 
-    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
+    @staticmethod
+    def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         return image, text
 
 
@@ -47,7 +52,8 @@ class Step:
 class Residual(Step):
     """Adds the input where the module asks for it, then divides by its output factor."""
 
-    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
+    @staticmethod
+    def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         if getattr(at.attn, "residual_connection", False):
             image = image + at.call.x
         factor = getattr(at.attn, "rescale_output_factor", 1.0)
@@ -58,7 +64,8 @@ class Residual(Step):
 class AlwaysResidual(Step):
     """Adds the input, whatever the module says."""
 
-    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
+    @staticmethod
+    def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         return image + at.call.x, text
 
 
@@ -66,7 +73,8 @@ class AlwaysResidual(Step):
 class SpatialNorm(Step):
     """The module's spatial norm, steered by `temb` ``[B, C, height, width]``."""
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
+    @staticmethod
+    def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         norm = getattr(at.attn, "spatial_norm", None)
         return x if norm is None else norm(x, at.call.temb), context
 
@@ -75,7 +83,8 @@ class SpatialNorm(Step):
 class GridIn(Step):
     """Grids ``[B, C, height, width]`` become tokens and stay so."""
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
+    @staticmethod
+    def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         if x.ndim == 4:
             x = from_grid(x)
         if context is not None and context.ndim == 4:
@@ -87,7 +96,8 @@ class GridIn(Step):
 class Grid(GridIn):
     """Grids become tokens and come back as grids."""
 
-    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
+    @staticmethod
+    def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         x, context = at.call.x, at.call.context
         if x.ndim == 4:
             image = to_grid(image, x)
@@ -100,10 +110,12 @@ class Grid(GridIn):
 class ChannelsFirst(Step):
     """Inputs of any rank with channels second, as the added key-value family has them."""
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
+    @staticmethod
+    def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         return from_grid(x), context
 
-    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
+    @staticmethod
+    def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         return to_grid(image, at.call.x), text
 
 
@@ -111,7 +123,8 @@ class ChannelsFirst(Step):
 class GroupNorm(Step):
     """The module's group norm over the channels of the tokens."""
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
+    @staticmethod
+    def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         norm = getattr(at.attn, "group_norm", None)
         return x if norm is None else _over_channels(norm, x), context
 
@@ -120,7 +133,8 @@ class GroupNorm(Step):
 class ContextNorm(Step):
     """The module's norm of the context (`cross_attention_norm`)."""
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
+    @staticmethod
+    def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         norm = getattr(at.attn, "norm_cross", None)
         if norm is None or context is None:
             return x, context
@@ -133,7 +147,8 @@ class ContextNorm(Step):
 class ContextOfInput(Step):
     """Without a context, the tokens as they are before the group norm."""
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> Pair:
+    @staticmethod
+    def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         return x, x if context is None else context
 
 
@@ -141,7 +156,8 @@ class ContextOfInput(Step):
 class ClipHalf(Step):
     """Keeps float16 results finite."""
 
-    def leave(self, at: Site, image: Tensor, text: Tensor | None) -> Pair:
+    @staticmethod
+    def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         if at.call.x.dtype == torch.float16:
             image = image.clip(-65504, 65504)
         return image, text
@@ -149,7 +165,8 @@ class ClipHalf(Step):
 
 def _over_channels(norm: Any, x: Tensor) -> Tensor:
     """Tokens ``[B, S, C]`` normed, for which the norm sees ``[B, C, S]``."""
-    if fusable(x) and _is_plain(norm, x):
+    # The compiler makes one kernel of a norm and what is around it.
+    if keeps_nothing() and fusable(x) and _is_plain(norm, x):
         from .kernels.triton.groupnorm import fits, group_norm
 
         if fits(x, norm.num_groups):
@@ -158,9 +175,8 @@ def _over_channels(norm: Any, x: Tensor) -> Tensor:
 
 
 def _is_plain(norm: Any, x: Tensor) -> bool:
-    """Whether a norm does nothing but its formula here, in the dtype of `x`, without gradients."""
-    # The compiler makes one kernel of a norm and what is around it.
-    if not keeps_nothing() or type(norm) is not nn.GroupNorm or is_watched(norm):
+    """Whether a norm does nothing but its formula here, in the dtype of `x`."""
+    if type(norm) is not nn.GroupNorm or is_watched(norm):
         return False
     weights: tuple[Any, ...] = norm.weight, norm.bias
     same = all(w is None or alike(w, x) for w in weights)

@@ -18,8 +18,6 @@ from .types import QKV, Streams
 
 __all__ = ["fused"]
 
-_NEITHER = (None, None)
-_NO_NORMS = Norms()
 _NO_NORM = Formula("none", None, None, 0.0, False)
 
 
@@ -35,13 +33,11 @@ def fused(
     Uses the streams up, unless it gives None.
     """
     image, text = streams.image, streams.text
-    if not fusable(image.q):
-        return None
     whole = text is None or image.k is None or image.k.is_contiguous()
-    if norms == _NO_NORMS and tables == _NEITHER and whole:
+    if norms.none and tables[0] is None and tables[1] is None and whole:
         # At most a join is left, which torch does as fast.
         return None
-    if not _takes(image, text):
+    if not fusable(image.q) or not _takes(image, text):
         return None
     formulas = [_formulas(norms.image, image), _formulas(norms.text, text)]
     turned = None if rotary is None else _tables(streams, rotary, tables)
@@ -49,14 +45,14 @@ def fused(
         return None
     over = "image" if rotary is None else rotary.over
     both = QKV(None, None, None)
-    hows: dict[str, tuple[tuple[Formula | None, ...], Table | None]] = {"v": (_NEITHER, None)}
+    hows: dict[str, tuple[tuple[Formula | None, ...], Table | None]] = {"v": ((None, None), None)}
     for i, name in enumerate("qk"):
         pair = tuple(known[i] for known in formulas if known is not None)
         if len({n.across for n in pair if n is not None}) > 1:
             return None
         hows[name] = pair, None if turned is None else turned[i]
     for name in "qkv":
-        parts = _taken(streams, name)
+        parts = streams.take(name)
         setattr(both, name, _laid(parts, *hows[name], text_first, over == "joint"))
     return both
 
@@ -71,7 +67,7 @@ def _takes(image: QKV, text: QKV | None) -> bool:
 def _formulas(norms: tuple[Any, Any], stream: QKV | None) -> tuple[Formula | None, ...] | None:
     """Formulas of the norms of queries and keys; None where one has none."""
     if stream is None:
-        return _NEITHER
+        return None, None
     found: list[Formula | None] = []
     for norm, x in zip(norms, (stream.q, stream.k), strict=True):
         known = None
@@ -121,16 +117,6 @@ def _fits(table: Table, streams: Streams, name: str, over: str) -> bool:
     )
 
 
-def _taken(streams: Streams, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """A tensor of the image and of the text, taken out of the streams."""
-    found = []
-    for stream in (streams.image, streams.text):
-        found.append(None if stream is None else getattr(stream, name))
-        if stream is not None:
-            setattr(stream, name, None)
-    return found[0], found[1]
-
-
 def _laid(
     parts: tuple[Tensor | None, Tensor | None],
     norms: tuple[Formula | None, ...],
@@ -139,7 +125,7 @@ def _laid(
     joint: bool,
 ) -> Tensor | None:
     """Queries, keys or values of both streams, by the kernel where anything is to do."""
-    from .kernels.triton.lay import KINDS, Lay, lay
+    from .kernels.triton.lay import Lay, lay
 
     turns = (table is not None, table is not None and joint)
     found: list[tuple[Any, ...]] = [
@@ -158,7 +144,7 @@ def _laid(
         if not keeps_nothing() or x.is_contiguous():
             return torch.cat((x, then), dim=1)
     one, other = n0 or _NO_NORM, n1 or _NO_NORM
-    kinds = KINDS.index(one.kind), KINDS.index(other.kind)
+    kinds = one.number, other.number
     across, eps = one.across or other.across, (one.eps, other.eps)
     weights = (one.weight, one.bias, other.weight, other.bias)
     if table is None:

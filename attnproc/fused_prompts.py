@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-from .kernels import AUTO
+from .kernels.base import Kernel
 from .kernels.fusing import fusable
 from .kernels.tuned import is_tuned
 from .types import KernelCall, Scoring
@@ -25,9 +24,10 @@ def attended(
     branches: Sequence[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring
 ) -> Tensor | None:
     """The weighted sum ``[B, S, H*D]`` of attention to each branch; None where no kernel can."""
-    if torch.is_grad_enabled() or not fusable(q) or isinstance(scoring.scale, Tensor):
+    if is_grad_enabled() or not fusable(q) or isinstance(scoring.scale, Tensor):
         return None
-    if kernel != AUTO or is_tuned(q.device.type):
+    # By name, since compiled code would check all that a kernel is.
+    if not isinstance(kernel, Kernel) or kernel.name != "auto" or is_tuned(q.device.type):
         return None
     from .kernels.triton import branches as home
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .fused_grid import mixed, scaled
-from .linears import called, linear
+from .linears import called
 from .types import QKV, ProjectPart, Site, Streams
 
 __all__ = [
@@ -29,7 +29,7 @@ ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 def separate(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     """Queries of the input; keys and values of the context, or of the input without one."""
-    return Streams(_three(at, SELF, x, x if context is None else context))
+    return Streams(_three(at, x, x if context is None else context))
 
 
 def packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
@@ -37,14 +37,14 @@ def packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     if context is None and _is_packed(at, "to_qkv"):
         return Streams(QKV(*_split(at, "to_qkv", SELF, x)))
     if context is not None and _is_packed(at, "to_kv"):
-        return Streams(QKV(linear(at, "to_q", x), *_split(at, "to_kv", SELF[1:], context)))
+        return Streams(QKV(at.linear("to_q", x), *_split(at, "to_kv", SELF[1:], context)))
     return separate(at, x, context)
 
 
 def joint(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     """Each stream by its own projections."""
-    image = _three(at, SELF, x, x)
-    return Streams(image, None if context is None else _three(at, ADDED, context, context))
+    image = _three(at, x, x)
+    return Streams(image, None if context is None else _added(at, context))
 
 
 def joint_packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
@@ -67,10 +67,10 @@ def shared_packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
 
 def added_kv(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     """The text adds keys and values to the image's, or stands in for them."""
-    text = QKV(None, *_together(at, ADDED[1:], x if context is None else context))
+    text = QKV(None, *at.products(ADDED[1:], x if context is None else context))
     if at.attn.only_cross_attention:
-        return Streams(QKV(linear(at, "to_q", x), None, None), text)
-    return Streams(QKV(*_together(at, SELF, x)), text)
+        return Streams(QKV(at.linear("to_q", x), None, None), text)
+    return Streams(QKV(*at.products(SELF, x)), text)
 
 
 def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
@@ -78,7 +78,7 @@ def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     tokens = scaled(at, SELF, x)
     if tokens is None:
         grid = x.movedim(1, -1)
-        qkv = torch.cat(_together(at, SELF, grid), dim=-1).movedim(-1, 1)
+        qkv = torch.cat(at.products(SELF, grid), dim=-1).movedim(-1, 1)
         scales = torch.cat(
             [qkv, *(mixed(block, qkv) for block in at.attn.to_qkv_multiscale)], dim=1
         )
@@ -87,17 +87,21 @@ def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     return Streams(QKV(*heads.unbind(3)))  # each [B, S, H, D]
 
 
-def _three(at: Site, names: tuple[str, str, str], x: Tensor, context: Tensor) -> QKV:
-    if x is context:
+# Names as defaults, since compiled code checks every string of a variable.
+def _three(at: Site, x: Tensor, context: Tensor, names: tuple[str, ...] = SELF) -> QKV:
+    if x is context and (at.recipe.around or at.recipe.edits):
         asked = _asked(at, x)
         if asked < x.shape[0]:
-            q, k = _together(at, names[:2], x[:asked])
-            return QKV(q, k, linear(at, names[2], x))
-        shown = _shown(at, x)
-        if shown is x:
-            return QKV(*_together(at, names, x))
-        return QKV(linear(at, names[0], x), *_together(at, names[1:], shown))
-    return QKV(linear(at, names[0], x), *_together(at, names[1:], context))
+            q, k = at.products(names[:2], x[:asked])
+            return QKV(q, k, at.linear(names[2], x))
+        context = _shown(at, x)
+    if x is context:
+        return QKV(*at.products(names, x))
+    return QKV(at.linear(names[0], x), *at.products(names[1:], context))
+
+
+def _added(at: Site, context: Tensor, names: tuple[str, ...] = ADDED) -> QKV:
+    return _three(at, context, context, names)
 
 
 def _asked(at: Site, x: Tensor) -> int:
@@ -131,18 +135,6 @@ def _by_rows_alone(at: Site) -> bool:
     return plain and call.context is None and not (at.recipe.prompts or spread)
 
 
-def _together(at: Site, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
-    """The projections of one input, by one product where `attnproc.packing` keeps one matrix."""
-    if not x.is_contiguous():
-        # Tokens of a grid: each product would make its own copy.
-        x = x.contiguous()
-    packing = at.attn._modules.get("packing")
-    if packing is None:
-        return [linear(at, name, x) for name in names]
-    parts = packing.products(at.attn, names, x)
-    return [linear(at, name, x, part) for name, part in zip(names, parts, strict=True)]
-
-
 def _both(layout: ProjectPart, at: Site, x: Tensor, context: Tensor | None) -> Streams:
     text = None if context is None else layout(at, context, None).image
     return Streams(layout(at, x, None).image, text)
@@ -156,11 +148,11 @@ def _is_packed(at: Site, layer: str) -> bool:
 def _text(at: Site, context: Tensor) -> QKV:
     if _is_packed(at, "to_added_qkv"):
         return QKV(*_split(at, "to_added_qkv", ADDED, context))
-    return _three(at, ADDED, context, context)
+    return _added(at, context)
 
 
 def _split(at: Site, layer: str, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """The parts of one product, each with the adapters of its name."""
     widths = [getattr(at.attn, name).out_features for name in names]
     parts = called(getattr(at.attn, layer), x).split(widths, dim=-1)
-    return [linear(at, name, x, part) for name, part in zip(names, parts, strict=True)]
+    return [at.linear(name, x, part) for name, part in zip(names, parts, strict=True)]

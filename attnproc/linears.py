@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn import ModuleList
 from torch.nn.modules import module
 
 from .schedules import amount, is_off
@@ -27,9 +29,7 @@ __all__ = [
     "LoRALinear",
     "called",
     "dropout",
-    "held",
     "is_watched",
-    "linear",
     "module_linear",
     "mount_custom_diffusion",
     "mount_lora",
@@ -49,38 +49,22 @@ PROJECTIONS = (
 )
 
 
-_NO_MODULES: dict[str, Any] = {}
-
 # Above so many launches, or below so many tokens, a copy takes less time: a product of fewer rows
 # is over before the CPU has launched the next one.
 _ROWS, _TOKENS = 4, 2048
-
-
-def linear(at: Site, name: str, x: Tensor, y: Any = None) -> Tensor:
-    """The projection `name` of `x` ``[B, S, C]``, or of its packed product `y`, with adapters."""
-    for part in at.recipe.linears:
-        y = part(at, name, x, y)
-    return y
 
 
 def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
     """The attention module's own layer."""
     if y is not None:
         return y
-    layer = held(at.attn, name)
+    layer = at.held(name)
     if layer is None:
         # The module says by name what it has not got.
         layer = getattr(at.attn, name)
-    if layer.__class__ is nn.ModuleList:
+    if layer.__class__ is ModuleList:
         layer = layer._modules["0"]
     return called(layer, x)
-
-
-def held(attn: Any, name: str) -> Any:
-    """A layer of an attention module; None where it has none."""
-    # Straight from the registry: asking the module costs a failed look-up first.
-    layer = attn.__dict__.get("_modules", _NO_MODULES).get(name)
-    return getattr(attn, name, None) if layer is None else layer
 
 
 def called(layer: Any, x: Tensor) -> Tensor:
@@ -89,7 +73,7 @@ def called(layer: Any, x: Tensor) -> Tensor:
     That would be as much as a launch; hooks are honoured.
     """
     # Compiled code has no such cost, but a guard for whatever is looked at.
-    if torch.compiler.is_compiling() or layer.__class__ is not nn.Linear or is_watched(layer):
+    if is_compiling() or layer.__class__ is not nn.Linear or is_watched(layer):
         return layer(x)
     own = layer._parameters
     weight = own.get("weight")
@@ -148,13 +132,13 @@ def is_watched(layer: Any) -> bool:
 
 def dropout(at: Site, x: Tensor) -> Tensor:
     """The dropout that comes with the output projection in use."""
-    layers = held(at.attn, "to_out")
+    layers = at.held("to_out")
     if at.recipe.linears[0] is not module_linear:
         layers = getattr(at.proc, "to_out_custom_diffusion", layers)
     drop: Any = layers._modules.get("1")
     if drop is None:
         return x
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return drop(x)
     # Looked at before it is called, since most have nothing to drop.
     idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_watched(drop)
@@ -238,7 +222,7 @@ def widths(attn: Any, projections: Iterable[str] = PROJECTIONS) -> dict[str, tup
     found = {}
     for name in projections:
         layer: Any = getattr(attn, name, None)
-        layer = layer[0] if isinstance(layer, nn.ModuleList) else layer
+        layer = layer[0] if isinstance(layer, ModuleList) else layer
         if hasattr(layer, "in_features"):
             found[name] = (layer.in_features, layer.out_features)
     return found
@@ -257,7 +241,7 @@ class CustomDiffusion:
         layer = getattr(at.proc, f"{name}_custom_diffusion", None)
         if layer is None:
             return y
-        if isinstance(layer, nn.ModuleList):
+        if isinstance(layer, ModuleList):
             return called(layer[0], x)
         return called(layer, x.to(layer.weight.dtype)).to(at.attn.to_q.weight.dtype)
 
@@ -280,4 +264,4 @@ def mount_custom_diffusion(
         proc.to_q_custom_diffusion = nn.Linear(*sizes["to_q"], bias=False)
     if proc.train_q_out and "to_out" in sizes:
         out = nn.Linear(*sizes["to_out"], bias=out_bias)
-        proc.to_out_custom_diffusion = nn.ModuleList([out, nn.Dropout(dropout)])
+        proc.to_out_custom_diffusion = ModuleList([out, nn.Dropout(dropout)])

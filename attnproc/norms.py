@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
-from .linears import held
 from .types import QKV, Site, Streams
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "apply",
     "each_its_own",
     "formula",
-    "norm_streams",
     "one_for_both",
     "unnormed",
 ]
@@ -33,40 +32,43 @@ class Norms:
     image: tuple[Any, Any] = (None, None)
     text: tuple[Any, Any] = (None, None)
 
+    @property
+    def none(self) -> bool:
+        """Whether nothing is normed."""
+        (q, k), (text_q, text_k) = self.image, self.text
+        return q is None and k is None and text_q is None and text_k is None
+
+    def over(self, streams: Streams) -> None:
+        """Norms streams ``[B, S, H, D]``, each tensor over ``D`` or over ``H*D``."""
+        self._over(self.image, streams.image)
+        if streams.text is not None:
+            self._over(self.text, streams.text)
+
+    def _over(self, norms: tuple[Any, Any], stream: QKV) -> None:
+        of_q, of_k = norms
+        if of_q is not None:
+            stream.q = apply(of_q, stream.q)
+        if of_k is not None:
+            stream.k = apply(of_k, stream.k)
+
 
 def each_its_own(at: Site, text: bool) -> Norms:
     """`norm_q`, `norm_k` for the image; `norm_added_q`, `norm_added_k` for the text."""
-    attn = at.attn
-    image = held(attn, "norm_q"), held(attn, "norm_k")
+    image = at.held("norm_q"), at.held("norm_k")
     if not text:
         return Norms(image, (None, None))
-    return Norms(image, (held(attn, "norm_added_q"), held(attn, "norm_added_k")))
+    return Norms(image, (at.held("norm_added_q"), at.held("norm_added_k")))
 
 
 def one_for_both(at: Site, text: bool) -> Norms:
     """`norm_q`, `norm_k` for image and text."""
-    image = held(at.attn, "norm_q"), held(at.attn, "norm_k")
+    image = at.held("norm_q"), at.held("norm_k")
     return Norms(image, image if text else (None, None))
 
 
 def unnormed(at: Site, text: bool) -> Norms:
     """No norm."""
     return Norms((None, None), (None, None))
-
-
-def norm_streams(norms: Norms, streams: Streams) -> None:
-    """Norms streams ``[B, S, H, D]``, each tensor over ``D`` or over ``H*D``."""
-    _norm(norms.image, streams.image)
-    if streams.text is not None:
-        _norm(norms.text, streams.text)
-
-
-def _norm(norms: tuple[Any, Any], stream: QKV) -> None:
-    of_q, of_k = norms
-    if of_q is not None:
-        stream.q = apply(of_q, stream.q)
-    if of_k is not None:
-        stream.k = apply(of_k, stream.k)
 
 
 def apply(norm: nn.Module, x: Tensor | None) -> Tensor | None:
@@ -91,7 +93,7 @@ class Formula(NamedTuple):
     """A norm as numbers, for kernels that compute it themselves.
 
     Args:
-        kind: "rms" (root mean square), "layer" or "l2".
+        kind: "rms" (root mean square), "layer", "l2", or "none".
         weight: Factor of each channel, or None.
         bias: Summand of each channel, or None.
         eps: What guards the division.
@@ -103,6 +105,11 @@ class Formula(NamedTuple):
     bias: Tensor | None
     eps: float
     across: bool
+
+    @property
+    def number(self) -> int:
+        """What kernels call its kind; 0 is no norm."""
+        return ("none", "rms", "layer", "l2").index(self.kind)
 
 
 _KINDS = {
@@ -149,4 +156,4 @@ def _held(norm: Any, name: str) -> Tensor | None:
 
 
 def _is_plain(weight: Tensor | None) -> bool:
-    return weight is None or weight.__class__ in (Tensor, nn.Parameter)
+    return weight is None or weight.__class__ in (Tensor, Parameter)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .fused_grid import normed
-from .linears import dropout, held, linear
+from .linears import dropout
 from .types import Site
 
 __all__ = ["grid_out", "prompt_apart", "raw_heads", "to_both", "to_out", "to_out_shared"]
@@ -29,8 +29,8 @@ def to_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
 def to_both(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """Each stream's own output projection, where the module has one."""
     image, text = to_out(at, o, span, extra)
-    if text is not None and held(at.attn, "to_add_out") is not None:
-        text = linear(at, "to_add_out", text)
+    if text is not None and at.held("to_add_out") is not None:
+        text = at.linear("to_add_out", text)
     return image, text
 
 
@@ -60,7 +60,7 @@ def grid_out(at: Site, o: Tensor, span: Span, extra: Tensor | None) -> Pair:
     """The projected, normed grid ``[B, C, height, width]`` with its residual (DC-AE)."""
     attn, x = at.attn, at.call.x
     image, text = _parted(o, span, extra)
-    image = linear(at, "to_out", image)
+    image = at.linear("to_out", image)
     if attn.norm_type == "rms_norm":
         grid = normed(at, image, x if attn.residual_connection else None)
         if grid is not None:
@@ -83,6 +83,6 @@ def _parted(o: Tensor, span: Span, extra: Tensor | None) -> Pair:
 
 
 def _projected(at: Site, x: Tensor) -> Tensor:
-    if held(at.attn, "to_out") is None:
+    if at.held("to_out") is None:
         return x
-    return dropout(at, linear(at, "to_out", x))
+    return dropout(at, at.linear("to_out", x))

@@ -54,6 +54,8 @@ class Processor(Verbs):
     # torch's own takes anything, by its signature; a processor without settings takes nothing.
     def __init__(self) -> None:
         super().__init__()
+        # On the object itself, where compiled code checks them with one look each.
+        self.layer_backend = self._attention_backend = self._parallel_config = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and not isinstance(self, nn.Module):

@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from .fused import fused
-from .norms import Norms, norm_streams
+from .norms import Norms
 from .rotary import Rotary
-from .shapes import join, split_stream
 from .types import QKV, Arranged, Site, Streams
 
 __all__ = ["arrange", "laid"]
@@ -24,9 +23,9 @@ def arrange(at: Site, streams: Streams) -> Arranged:
     dim = q.shape[3] if q.ndim == 4 else q.shape[2] // at.attn.heads
     length, text_keys = q.shape[1], 0
     del q
-    split_stream(image, dim)
+    image.split(dim)
     if text is not None:
-        split_stream(text, dim)
+        text.split(dim)
         text_keys = text.k.shape[1]
 
     raw = QKV(image.q, image.k, image.v) if recipe.prompts else None
@@ -59,15 +58,15 @@ def laid(
         tables: The tables for queries and for keys; None for what is not rotated.
     """
     image = streams.image
-    idle = rotary is None and streams.text is None and norms.image == (None, None)
+    idle = rotary is None and streams.text is None and norms.none
     if idle and (image.v is None or image.q.dtype == image.k.dtype == image.v.dtype):
         return image
     both = fused(streams, norms, text_first, rotary, tables)
     if both is None:
-        norm_streams(norms, streams)
+        norms.over(streams)
         if rotary is not None and rotary.over == "image":
             rotary(image, tables)
-        both = join(streams, text_first)
+        both = streams.join(text_first)
         if rotary is not None and rotary.over == "joint":
             rotary(both, tables)
     q, k, v = both.q, both.k, both.v

@@ -17,7 +17,7 @@ from .modules import RMSNorm
 from .norms import Norms
 from .prologue import laid
 from .schedules import amount, is_off
-from .shapes import merge_heads, split_stream
+from .shapes import merge_heads
 from .types import QKV, Arranged, KernelCall, Scoring, Site, Streams
 
 __all__ = ["decoupled", "joint_decoupled", "mount_joint_prompt", "mount_prompts", "region"]
@@ -285,7 +285,7 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
     raw = cast("QKV", arranged.raw)
     k, v = called(proc.to_k_ip, normed), called(proc.to_v_ip, normed)
     prompt = QKV(None, k.to(raw.k.dtype), v.to(raw.v.dtype))
-    split_stream(prompt, raw.k.shape[3])
+    prompt.split(raw.k.shape[3])
     norms = Norms((proc.norm_q, proc.norm_k), (None, proc.norm_ip_k))
     both = laid(Streams(QKV(raw.q, raw.k, raw.v), prompt), norms)
     q, k, v = both.q.transpose(1, 2), both.k.transpose(1, 2), both.v.transpose(1, 2)

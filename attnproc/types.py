@@ -32,6 +32,7 @@ __all__ = [
     "Mask",
     "MaskKind",
     "MaskMod",
+    "Positional",
     "Recipe",
     "Scoring",
     "Site",
@@ -54,6 +55,19 @@ class QKV:
     k: Any
     v: Any
 
+    def split(self, dim: int) -> None:
+        """``[B, S, H*D]`` to ``[B, S, H, D]``; what is split already stays.
+
+        Keys and values may have fewer heads than queries.
+        """
+        q, k, v = self.q, self.k, self.v
+        if q is not None and q.ndim == 3:
+            self.q = q.view(q.shape[0], q.shape[1], -1, dim)
+        if k is not None and k.ndim == 3:
+            self.k = k.view(k.shape[0], k.shape[1], -1, dim)
+        if v is not None and v.ndim == 3:
+            self.v = v.view(v.shape[0], v.shape[1], -1, dim)
+
 
 class _Record:
     """Base of what flows: nothing changes it in place, `but` makes a changed copy.
@@ -70,6 +84,7 @@ class _Record:
 
 
 _R = TypeVar("_R", bound=_Record)
+_NO_MODULES: dict[str, Any] = {}
 
 
 @dataclass(slots=True)
@@ -78,6 +93,35 @@ class Streams(_Record):
 
     image: QKV
     text: QKV | None = None
+
+    def take(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """A tensor of the image and of the text, out of the streams."""
+        found = []
+        for stream in (self.image, self.text):
+            found.append(None if stream is None else getattr(stream, name))
+            if stream is not None:
+                setattr(stream, name, None)
+        return found[0], found[1]
+
+    def join(self, text_first: bool) -> QKV:
+        """One sequence of both, along the token axis of ``[B, S, H, D]``, using them up."""
+        if self.text is None:
+            return self.image
+        both = QKV(None, None, None)
+        both.q = self._joined("q", text_first)
+        both.k = self._joined("k", text_first)
+        both.v = self._joined("v", text_first)
+        return both
+
+    def _joined(self, name: str, text_first: bool) -> Tensor | None:
+        image, text = self.take(name)
+        if image is None or text is None:
+            return text if image is None else image
+        first, last = (text, image) if text_first else (image, text)
+        if first.device.type != "cpu":
+            return torch.cat((first, last), dim=1)
+        # The kernel of a CPU is faster where the tokens of a head lie side by side.
+        return torch.cat((first.transpose(1, 2), last.transpose(1, 2)), dim=2).transpose(1, 2)
 
 
 @dataclass(slots=True)
@@ -108,6 +152,29 @@ class Site(_Record):
     """Any module with the attributes that the parts look up: diffusers', ours, or a likeness."""
     call: Call
 
+    def linear(self, name: str, x: Tensor, y: Any = None) -> Tensor:
+        """The projection `name` of `x` ``[B, S, C]``, or of its packed `y`, with adapters."""
+        for part in self.recipe.linears:
+            y = part(self, name, x, y)
+        return y
+
+    def products(self, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+        """The projections of one input, by one product where `attnproc.packing` keeps a matrix."""
+        if not x.is_contiguous():
+            # Tokens of a grid: each product would make its own copy.
+            x = x.contiguous()
+        packing = self.attn._modules.get("packing")
+        if packing is None:
+            return [self.linear(name, x) for name in names]
+        parts = packing.products(self.attn, names, x)
+        return [self.linear(name, x, part) for name, part in zip(names, parts, strict=True)]
+
+    def held(self, name: str) -> Any:
+        """A layer of the attention module; None where it has none."""
+        # Straight from the registry: asking the module costs a failed look-up first.
+        layer = self.attn.__dict__.get("_modules", _NO_MODULES).get(name)
+        return getattr(self.attn, name, None) if layer is None else layer
+
 
 @dataclass(slots=True)
 class Arranged(_Record):
@@ -124,6 +191,20 @@ class Arranged(_Record):
     """How many of the keys are text that was joined to the image."""
     raw: QKV | None = None
     """For image prompts: the image stream ``[B, S, H, D]`` before norms and rotary embedding."""
+
+    def image(self, text_first: bool) -> tuple[int, int] | None:
+        """Where the image stands among the queries: start and stop; None without a text."""
+        total = self.q.shape[2]
+        if total == self.length:
+            return None
+        return (total - self.length, total) if text_first else (0, self.length)
+
+    def image_keys(self, text_first: bool) -> tuple[int, int] | None:
+        """Where the image stands among the keys; None without a text."""
+        total, text = self.k.shape[2], self.text_keys
+        if not text:
+            return None
+        return (text, total) if text_first else (0, total - text)
 
 
 class Keys(NamedTuple):
@@ -194,6 +275,22 @@ class All(_Structure):
 
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Positional:
+    """Base of functions of positions with settings that are made within compiled code.
+
+    Frozen dataclasses with ``eq=False``. Before torch 2.12 the compiler hashes what it calls, at a
+    time when that has no fields yet: a dataclass's own hash would fail.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))
+
+
 Mask = Keys | Bias
 MaskKind = Keys | Bias | Causal | Window | Blocks | All
 
@@ -233,6 +330,11 @@ class Scoring(_Record):
     """Functions (batch, head, query, key) -> bool, all of which must show a key."""
     dropout: float = 0.0
     """Probability by which a weight is dropped."""
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether nothing masks but causality, if that."""
+        return self.mask is None and self.window is None and len(self.mods) == 0
 
 
 class FrameStep(Protocol):

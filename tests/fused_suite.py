@@ -251,7 +251,7 @@ def test_the_operators_of_compiled_code_are_those_of_eager_code() -> None:
     table = torch.randn(1, S + T, 1, D), torch.randn(1, S + T, 1, D)
     how = lay.Lay((2, 2), (1e-5, 1e-5), False, (True, True), True, 2, D)
     found = lay.lay(x, then, how, (w0, b0, w1, b1), table)
-    right = torch.ops.attnproc.lay(x, then, w0, b0, w1, b1, *table, *lay._plainly(how))
+    right = torch.ops.attnproc.lay(x, then, w0, b0, w1, b1, *table, *how.plainly())
     equal_with_gradients(found, right, [x, then, w0, b0, w1, b1])
 
     q, k, v = (torch.randn(B, H, n, D, requires_grad=True) for n in (S, T, T))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import attnproc
 from attnproc import presets
 from attnproc.attention import Attention
-from attnproc.layouts import _together
 from attnproc.packing import Packing, pack, unpack
 from attnproc.types import Call, Site
 
@@ -315,7 +314,7 @@ def test_a_replaced_layer_is_called() -> None:
     pack(attn)
     attn.to_k = nn.Sequential(attn.to_k, nn.Tanh())
     site = Site(attn.processor.recipe, attn.processor, attn, Call(x))
-    assert torch.equal(_together(site, ("to_q", "to_k", "to_v"), x)[1], attn.to_k(x))
+    assert torch.equal(site.products(("to_q", "to_k", "to_v"), x)[1], attn.to_k(x))
 
     hooked, _ = KINDS["self"]()
     pack(hooked)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.native import only_causal
 from ..kernels.reference import expand_heads, factor, masked_scores, masked_softmax
 from ..kernels.visible import merged, structure, values
 from ..masks import factors
@@ -56,7 +55,7 @@ def weights(
     cols = range(k.shape[2]) if cols is None else cols
     held = range(k.shape[2]) if lse is None else cols
     k = (take(expand_heads(k, q), held, 2).to(wide) * factor(q, scoring)).transpose(-1, -2)
-    masked = not only_causal(scoring)
+    masked = not scoring.only_causal
 
     step = max(1, at_once(q) // (batch * heads * len(held)))
     for first in range(0, len(rows), step):

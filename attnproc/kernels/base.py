@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from ..types import Scoring
 from .names import ALIASES
-from .takes import ANYTHING, Takes, constant
+from .takes import ANYTHING, KINDS, Takes, constant
 
 __all__ = ["GROUP", "Kernel", "named", "package", "register_kernel", "registered"]
 
@@ -49,6 +49,13 @@ class Kernel:
     takes: Takes = ANYTHING
     with_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
     bounded: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Worked out once: compiled code checks each of the kinds before every call.
+        object.__setattr__(self, "any_mask", self.takes.masks == KINDS)
+
+    if TYPE_CHECKING:
+        any_mask: ClassVar[bool]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         return self.run(q, k, v, scoring, *self.options)

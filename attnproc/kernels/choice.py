@@ -14,7 +14,6 @@ from .base import Kernel, named
 from .guard import Watch
 from .plan import AUTO, checked
 from .scope import Scope, scope
-from .takes import KINDS
 
 if TYPE_CHECKING:
     from ..processor import Processor
@@ -36,7 +35,7 @@ def choose(kernel: Kernel, proc: Processor) -> Callable[..., Any]:
         name = proc._attention_backend  # pyright: ignore[reportPrivateUsage]
     wish = scope() if name is None else Scope(name)
     if wish is None:
-        return kernel if kernel.takes.masks == KINDS else partial(checked, kernel, None)
+        return kernel if kernel.any_mask else partial(checked, kernel, None)
     return resolved(wish)
 
 

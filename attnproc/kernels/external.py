@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..types import Scoring
 from .base import Kernel, package
-from .native import only_causal, sdpa
+from .native import sdpa
 from .reference import expand_heads, factor
 from .takes import HALF, Takes
 from .visible import dense_mask, filled
@@ -90,7 +90,7 @@ def xla(
     module = package("torch_xla.experimental.custom_kernel", "pip install torch_xla")
     k, v = expand_heads(k, q), expand_heads(v, q)
     scale = factor(q, scoring)
-    causal = scoring.causal and only_causal(scoring)
+    causal = scoring.causal and scoring.only_causal
     mask, some = (None, None) if causal else _filled(scoring, q, k)
     bias = _additive(mask, q)
     if bias is not None:

@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from .takes import missing
 
@@ -22,8 +23,6 @@ __all__ = [
 
 # Not part of torch's typed interface.
 _TORCH: Any = torch
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Triton's interpreter runs the kernels on a CPU, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,7 +42,10 @@ def use_fused(wanted: bool) -> None:
 
 def fusable(x: Tensor) -> bool:
     """Whether a tensor is of a kind that the kernels take, and they are wanted and there."""
-    if not (x.is_cuda or INTERPRETED) or not _wanted or x.dtype not in _DTYPES:
+    if not (x.is_cuda or INTERPRETED) or not _wanted:
+        return False
+    # float16, bfloat16 and float32: compiled code would check each name of a list.
+    if not x.is_floating_point() or x.dtype.itemsize not in (2, 4):
         return False
     return not (is_transformed() or missing("triton", ""))
 
@@ -55,12 +57,12 @@ def withheld() -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` may ask for gradients behind the tensors' backs."""
-    return not torch.compiler.is_compiling() and _TORCH._C._are_functorch_transforms_active()
+    return not is_compiling() and _TORCH._C._are_functorch_transforms_active()
 
 
 def keeps_nothing() -> bool:
     """Whether nothing is kept for gradients or a graph, so that results may be changed."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return not is_grad_enabled() and not is_compiling()
 
 
 def alike(weight: Any, x: Tensor) -> bool:

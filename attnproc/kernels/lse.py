@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ..types import Scoring
-from .native import only_causal
 from .takes import constant
 
 __all__ = ["backend_of", "gives_lse", "with_lse"]
@@ -23,7 +22,7 @@ def gives_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
 
     Nor does it where it would pad or repeat heads first.
     """
-    if not only_causal(scoring) or q.device.type not in ("cpu", "cuda"):
+    if not scoring.only_causal or q.device.type not in ("cpu", "cuda"):
         return False
     if q.shape[:2] != k.shape[:2] or q.shape[3] % 8 or q.shape[3] != v.shape[3]:
         return False

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..types import Scoring
 from .base import Kernel
@@ -15,7 +15,7 @@ from .reference import expand_heads
 from .takes import HALF, KINDS, Ask, Takes
 from .visible import dense_mask
 
-__all__ = ["BOUNDED", "CUDNN", "EFFICIENT", "FLASH", "MATH", "SDPA", "only_causal", "sdpa"]
+__all__ = ["BOUNDED", "CUDNN", "EFFICIENT", "FLASH", "MATH", "SDPA", "sdpa"]
 
 
 BOUNDED = ("cpu", "cuda")
@@ -27,14 +27,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     scale = scoring.scale
     if isinstance(scale, Tensor):
         q, scale = q * scale.to(q.dtype), 1.0
-    plain = only_causal(scoring)
+    plain = scoring.only_causal
     mask = None if plain else dense_mask(scoring, q, k)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
     elif mask is not None and q.device.type != "cpu":
         # Of torch's kernels cuDNN alone makes NaN of a row without keys, and only of a bool mask.
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    return F.scaled_dot_product_attention(
+    return scaled_dot_product_attention(
         q,
         k,
         v,
@@ -44,11 +44,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-
-
-def only_causal(scoring: Scoring) -> bool:
-    """Whether nothing masks but causality, if that."""
-    return scoring.mask is None and scoring.window is None and len(scoring.mods) == 0
 
 
 def pinned(

@@ -12,7 +12,7 @@ from .base import Kernel, registered
 from .channel import by_channel, worth_a_channel
 from .chunked import CHUNKED
 from .flex import FLEX
-from .native import BOUNDED, SDPA, only_causal, sdpa
+from .native import BOUNDED, SDPA, sdpa
 from .takes import Ask, Takes, ask, constant, why_not
 from .tuned import is_tuned, tuned
 from .varlen import VARLEN
@@ -41,7 +41,7 @@ class Refused(ValueError):
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The kernel that the table or the rules pick for this kind of call."""
-    if only_causal(scoring) and not is_tuned(q.device.type):
+    if scoring.only_causal and not is_tuned(q.device.type):
         return sdpa(q, k, v, scoring)
     if worth_parting(q, k, v, scoring):
         o = apart(q, k, v, scoring)

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from types import GeneratorType
 from typing import Any, NamedTuple
 
-import torch
+from torch.compiler import is_compiling
 
 from .base import named
 from .guard import Guard, Watch
@@ -98,17 +98,24 @@ def check_fallback(fallback: str | None) -> None:
 
 def scope() -> Scope | None:
     """The innermost block's wish; diffusers' `attention_backend(...)` where there is none."""
-    if torch.compiler.is_compiling():
-        # Looked at for the sake of the guard.
-        if _latest is None and _active() is None:
-            return None
-        return _constant_scope()
+    if is_compiling():
+        found = _constant_scope()
+        # Looked at for the sake of the guards, of which the registry's own needs the fewest.
+        active = _active() if _registry is None else _registry._active_backend
+        return None if _latest is None and active is None else found
     return _SCOPE.get() or _of_diffusers()
 
 
 @constant
 def _constant_scope() -> Scope | None:
+    global _registry
+    if "diffusers.models.attention_dispatch" in sys.modules:
+        _registry = sys.modules["diffusers.models.attention_dispatch"]._AttentionBackendRegistry
     return _SCOPE.get() or _latest or _of_diffusers()
+
+
+# diffusers' registry of backends, once compiled code has asked for it.
+_registry: Any = None
 
 
 def _active() -> Any:

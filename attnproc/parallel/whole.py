@@ -81,7 +81,8 @@ def _alone(proc: Processor) -> Processor:
 class OwnTokens(Step):
     """The rank's own tokens of the input; of the context too, where that is the input."""
 
-    def enter(self, at: Site, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    @staticmethod
+    def enter(at: Site, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         spread = spread_of(at.proc)
         if spread is None or not takes_own(spread, at.recipe, at.call):
             return x, context

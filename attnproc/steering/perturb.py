@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..guidance import Blur, blurred
 from ..places import grid_of, side
-from ..types import AroundPart, KernelCall, Scoring
+from ..types import AroundPart, KernelCall, Positional, Scoring
 from .strength import Strength, mixed, now
 
 __all__ = ["BlurredQueries", "Fading", "Nearby"]
@@ -101,8 +101,8 @@ class Nearby:
         return kernel(q, k, v, scoring.but(mods=(*scoring.mods, near)))
 
 
-@dataclass(frozen=True)
-class _Near:
+@dataclass(frozen=True, eq=False)
+class _Near(Positional):
     radius: int
     width: int
     tokens: int

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..masks import joined
 from ..places import Box, grid_of, side
-from ..types import Bias, KernelCall, Scoring
+from ..types import Bias, KernelCall, Positional, Scoring
 from .strength import Strength, now
 
 __all__ = ["Region", "Regional"]
@@ -139,8 +139,8 @@ def _layout(regional: Regional, scoring: Scoring, queries: int, keys: int) -> _L
     )
 
 
-@dataclass(frozen=True)
-class _Seen:
+@dataclass(frozen=True, eq=False)
+class _Seen(Positional):
     """Which keys are seen, as a function of positions."""
 
     layout: _Layout

@@ -18,11 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from .launch import Launcher, Run, operator, wrap_triton
 
-__all__ = ["KINDS", "Lay", "lay"]
+__all__ = ["Lay", "lay"]
 
-KINDS = ("none", "rms", "layer", "l2")
-"""Norms: none; root mean square; mean and deviation; Euclidean length."""
-
+# As `attnproc.norms.Formula.number` counts: none; root mean square; mean and deviation; length.
 _NONE = tl.constexpr(0)
 _RMS = tl.constexpr(1)
 _LAYER = tl.constexpr(2)
@@ -37,7 +35,7 @@ class Lay(NamedTuple):
     """What is done to one of queries, keys and values, but for its tensors.
 
     Args:
-        norms: Norm of the first and of the second stream, as indices into `KINDS`.
+        norms: Norm of the first and of the second stream, by `Formula.number`.
         eps: What guards each norm's division.
         across: Whether the norms span all heads.
         turns: Whether the first and the second stream are rotated.
@@ -55,6 +53,12 @@ class Lay(NamedTuple):
     width: int = 2
     turned: int = 0
     step: int = 1
+
+    def plainly(self) -> tuple[list[int], list[float]]:
+        """As an operator takes it; see `_how`."""
+        more = (self.joint, self.width, self.turned, self.step)
+        ints = (*self.norms, self.across, *self.turns, *more)
+        return [int(i) for i in ints], list(self.eps)
 
 
 @triton.jit
@@ -414,7 +418,7 @@ def lay(
     """
     cos, sin = table or (None, None)
     if torch.compiler.is_compiling():
-        return torch.ops.attnproc.lay(x, then, *weights, cos, sin, *_plainly(how))
+        return torch.ops.attnproc.lay(x, then, *weights, cos, sin, *how.plainly())
     if torch.is_grad_enabled():
         return _Lay.apply(x, then, *weights, cos, sin, how)
     return _launch(x, then, how, weights, (cos, sin))
@@ -445,12 +449,6 @@ def _needed(found: list[Tensor], ctx: Any) -> tuple[Tensor | None, ...]:
     """The gradients that are asked for, and none for the table."""
     needed = ctx.needs_input_grad[:6]
     return (*(g if need else None for g, need in zip(found, needed, strict=True)), None, None)
-
-
-def _plainly(how: Lay) -> tuple[list[int], list[float]]:
-    """As an operator takes it; see `_how`."""
-    ints = [*how.norms, how.across, *how.turns, how.joint, how.width, how.turned, how.step]
-    return [int(i) for i in ints], list(how.eps)
 
 
 def _how(ints: list[int], eps: list[float]) -> Lay:
