@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .processor import Processor
-from .types import Call
+from .processor import Context, Processor
 
 __all__ = [
     "AddedCall",
@@ -34,35 +33,6 @@ __all__ = [
 ]
 
 T = Tensor | None
-Context = Tensor | tuple[Tensor, Any] | None
-
-
-def _parted(proc: Processor, context: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    """Text and image-prompt states of a context that holds both."""
-    if not proc.recipe.prompts:
-        raise ValueError(
-            f"encoder_hidden_states is a tuple (text, image prompts), {type(proc).__name__} has "
-            "no image prompt: pass the text alone, or give this layer an image prompt"
-        )
-    return context
-
-
-def _run(
-    proc: Processor,
-    attn: Any,
-    x: Tensor,
-    context: Context,
-    mask: T,
-    temb: T,
-    rope: Any,
-    states: Any,
-    masks: Any,
-    **more: Any,
-) -> Any:
-    if isinstance(context, tuple):
-        context, states = _parted(proc, context)
-    call = Call(x, context, mask, temb, rope, ip_states=states, ip_masks=masks, **more)
-    return proc.run(attn, call)
 
 
 # fmt: off
@@ -74,8 +44,8 @@ class UNetCall(Processor):
         attention_mask: T = None, temb: T = None, *args: Any,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Tensor:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
-                    ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                        ip_hidden_states, ip_adapter_masks)
 
 
 class TembCall(Processor):
@@ -86,8 +56,8 @@ class TembCall(Processor):
         attention_mask: T = None, temb: T = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
-                    ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                        ip_hidden_states, ip_adapter_masks)
 
 
 class PlainCall(Processor):
@@ -98,8 +68,8 @@ class PlainCall(Processor):
         attention_mask: T = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
-                    ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                        ip_hidden_states, ip_adapter_masks)
 
 
 class AddedCall(Processor):
@@ -110,8 +80,8 @@ class AddedCall(Processor):
         attention_mask: T = None, *args: Any, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
-                    ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                        ip_hidden_states, ip_adapter_masks)
 
 
 class LoRACall(Processor):
@@ -122,8 +92,8 @@ class LoRACall(Processor):
         attention_mask: T = None, scale: float | Tensor = 1.0, temb: T = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
-                    ip_hidden_states, ip_adapter_masks, lora_scale=scale)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                        ip_hidden_states, ip_adapter_masks, lora_scale=scale)
 
 
 class PromptCall(Processor):
@@ -141,8 +111,8 @@ class PromptCall(Processor):
         if isinstance(context, Tensor) and ip_hidden_states is None and self.recipe.prompts:
             end = context.shape[1] - self.num_tokens[0]
             context = (context[:, :end], [context[:, end:]])
-        return _run(self, attn, hidden_states, context, attention_mask, temb, None,
-                    ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, context, attention_mask, temb, None,
+                        ip_hidden_states, ip_adapter_masks)
 
 
 class JointPromptCall(Processor):
@@ -153,8 +123,8 @@ class JointPromptCall(Processor):
         attention_mask: T = None, ip_hidden_states: Any = None, temb: T = None, *,
         ip_adapter_masks: Any = None,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
-                    ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                        ip_hidden_states, ip_adapter_masks)
 
 
 class AuraFlowCall(Processor):
@@ -165,8 +135,8 @@ class AuraFlowCall(Processor):
         *args: Any, attention_mask: T = None, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None, **kwargs: Any,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
-                    ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb, None,
+                        ip_hidden_states, ip_adapter_masks)
 
 
 class RotaryCall(Processor):
@@ -177,8 +147,8 @@ class RotaryCall(Processor):
         attention_mask: T = None, temb: T = None, image_rotary_emb: Any = None, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                        image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class FluxCall(Processor):
@@ -189,8 +159,8 @@ class FluxCall(Processor):
         attention_mask: T = None, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                        image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class FluxPromptCall(Processor):
@@ -201,8 +171,8 @@ class FluxPromptCall(Processor):
         attention_mask: T = None, image_rotary_emb: Any = None, ip_hidden_states: Any = None,
         ip_adapter_masks: Any = None, *, temb: T = None,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                        image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class CogVideoXCall(Processor):
@@ -213,8 +183,8 @@ class CogVideoXCall(Processor):
         attention_mask: T = None, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                        image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class MochiCall(Processor):
@@ -225,8 +195,8 @@ class MochiCall(Processor):
         attention_mask: T, image_rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-                    image_rotary_emb, ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                        image_rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class StableAudioCall(Processor):
@@ -237,8 +207,8 @@ class StableAudioCall(Processor):
         attention_mask: T = None, rotary_emb: Any = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Any:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-                    rotary_emb, ip_hidden_states, ip_adapter_masks)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                        rotary_emb, ip_hidden_states, ip_adapter_masks)
 
 
 class LuminaCall(Processor):
@@ -250,9 +220,9 @@ class LuminaCall(Processor):
         base_sequence_length: int | None = None, *, temb: T = None,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
-        return _run(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb,
-                    query_rotary_emb, ip_hidden_states, ip_adapter_masks,
-                    key_rope=key_rotary_emb, base_length=base_sequence_length)
+        return self.run(attn, hidden_states, encoder_hidden_states, attention_mask, temb,
+                        query_rotary_emb, ip_hidden_states, ip_adapter_masks,
+                        key_rope=key_rotary_emb, base_length=base_sequence_length)
 
 
 class GridCall(Processor):
@@ -262,6 +232,5 @@ class GridCall(Processor):
         self, attn: Any, hidden_states: Tensor, *,
         ip_hidden_states: Any = None, ip_adapter_masks: Any = None,
     ) -> Tensor:
-        return self.run(attn, Call(hidden_states, ip_states=ip_hidden_states,
-                                   ip_masks=ip_adapter_masks))
+        return self.run(attn, hidden_states, states=ip_hidden_states, masks=ip_adapter_masks)
 # fmt: on

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fused_grid import plus
 from .kernels.fusing import alike, fusable, keeps_nothing
 from .linears import is_watched
 from .shapes import from_grid, to_grid
@@ -55,7 +56,7 @@ class Residual(Step):
     @staticmethod
     def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         if getattr(at.attn, "residual_connection", False):
-            image = image + at.call.x
+            image = plus(image, at.call.x)
         factor = getattr(at.attn, "rescale_output_factor", 1.0)
         return image if factor == 1.0 else image / factor, text
 
@@ -66,7 +67,7 @@ class AlwaysResidual(Step):
 
     @staticmethod
     def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
-        return image + at.call.x, text
+        return plus(image, at.call.x), text
 
 
 @dataclass(frozen=True)

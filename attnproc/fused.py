@@ -33,10 +33,6 @@ def fused(
     Uses the streams up, unless it gives None.
     """
     image, text = streams.image, streams.text
-    whole = text is None or image.k is None or image.k.is_contiguous()
-    if norms.none and tables[0] is None and tables[1] is None and whole:
-        # At most a join is left, which torch does as fast.
-        return None
     if not fusable(image.q) or not _takes(image, text):
         return None
     formulas = [_formulas(norms.image, image), _formulas(norms.text, text)]

@@ -1,4 +1,5 @@
-"""DC-AE's way in and way out by faster kernels, where they can stand in for the composed parts.
+"""Grids by faster kernels, where they can stand in for the composed parts: DC-AE's way in and
+way out, and the residual of a grid.
 
 What the parts are decides: plain layers of known form and one dtype, on a GPU or on a CPU that is
 slow in it, without gradients. Everything else goes the composed way.
@@ -13,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels.fusing import alike, fusable
+from .kernels.fusing import alike, fusable, keeps_nothing
 from .linears import is_watched, module_linear
 from .norms import formula
 from .types import Site
 from .widened import is_slow
 
-__all__ = ["mixed", "normed", "scaled"]
+__all__ = ["mixed", "normed", "plus", "scaled"]
 
 # Blocks whose `forward` is `proj_out` of `proj_in`.
 _BLOCKS = (
@@ -86,6 +87,27 @@ def normed(at: Site, y: Tensor, x: Tensor | None) -> Tensor | None:
     from .kernels.triton.multiscale import normed_grid
 
     return normed_grid(y, x, at.call.x, (known.weight, known.bias, known.eps))
+
+
+def plus(image: Tensor, x: Tensor) -> Tensor:
+    """``image + x``, where the image may be tokens that are seen as a grid."""
+    # The compiler makes one kernel of the sum and what is around it.
+    if keeps_nothing() and fusable(x) and _crosswise(image, x):
+        from .kernels.triton.residual import tokens_plus_grid
+
+        tokens = image.flatten(2).transpose(1, 2)
+        return tokens_plus_grid(tokens, x.flatten(2)).transpose(1, 2).view(x.shape)
+    return image + x
+
+
+def _crosswise(image: Tensor, x: Tensor) -> bool:
+    """Whether channels lie side by side in one and far apart in the other."""
+    if image.ndim < 3 or image.shape != x.shape or image.dtype is not x.dtype:
+        return False
+    if image.get_device() != x.get_device() or type(x) is not Tensor or type(image) is not Tensor:
+        return False
+    tokens = image.stride(1) == 1 and image.flatten(2).transpose(1, 2).is_contiguous()
+    return tokens and not image.is_contiguous() and x.is_contiguous()
 
 
 def _takes(x: Tensor) -> bool:

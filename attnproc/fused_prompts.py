@@ -12,6 +12,7 @@ from torch import Tensor, is_grad_enabled
 
 from .kernels.base import Kernel
 from .kernels.fusing import fusable
+from .kernels.plan import automatic
 from .kernels.tuned import is_tuned
 from .types import KernelCall, Scoring
 
@@ -26,8 +27,8 @@ def attended(
     """The weighted sum ``[B, S, H*D]`` of attention to each branch; None where no kernel can."""
     if is_grad_enabled() or not fusable(q) or isinstance(scoring.scale, Tensor):
         return None
-    # By name, since compiled code would check all that a kernel is.
-    if not isinstance(kernel, Kernel) or kernel.name != "auto" or is_tuned(q.device.type):
+    # By its function, since compiled code would check all that a kernel is.
+    if not isinstance(kernel, Kernel) or kernel.run is not automatic or is_tuned(q.device.type):
         return None
     from .kernels.triton import branches as home
 

@@ -10,14 +10,17 @@ from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .engine import attend
 from .schedules import Weight
 from .types import Call, Recipe
 from .verbs import Verbs
 
-__all__ = ["Holder", "KernelSetting", "Processor", "Setting", "holder"]
+__all__ = ["Context", "Holder", "KernelSetting", "Processor", "Setting", "holder"]
+
+Context = Tensor | tuple[Tensor, Any] | None
+"""A text, or a text with the states of image prompts."""
 
 
 class Processor(Verbs):
@@ -68,9 +71,36 @@ class Processor(Verbs):
             return nn.Module.__repr__(self)
         return f"{type(self).__name__}()"
 
-    def run(self, attn: Any, call: Call) -> Any:
-        """Runs the line for one call."""
+    def run(
+        self,
+        attn: Any,
+        x: Tensor,
+        context: Context = None,
+        mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        rope: Any = None,
+        states: Any = None,
+        masks: Any = None,
+        **more: Any,
+    ) -> Any:
+        """Runs the line for one call, with the arguments of a `Call`.
+
+        Raises:
+            ValueError: The context holds image prompts, of which there is none here.
+        """
+        if isinstance(context, tuple):
+            context, states = self._parted(context)
+        call = Call(x, context, mask, temb, rope, ip_states=states, ip_masks=masks, **more)
         return attend(self.recipe, self, attn, call)
+
+    def _parted(self, context: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        """Text and image-prompt states of a context that holds both."""
+        if not self.recipe.prompts:
+            raise ValueError(
+                f"encoder_hidden_states is a tuple (text, image prompts), {type(self).__name__} "
+                "has no image prompt: pass the text alone, or give this layer an image prompt"
+            )
+        return context
 
     def but(self, **changes: Any) -> Processor:
         """A copy with some parts of the recipe changed; it shares this processor's weights."""

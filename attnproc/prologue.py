@@ -57,11 +57,14 @@ def laid(
         rotary: How queries and keys are rotated.
         tables: The tables for queries and for keys; None for what is not rotated.
     """
-    image = streams.image
-    idle = rotary is None and streams.text is None and norms.none
-    if idle and (image.v is None or image.q.dtype == image.k.dtype == image.v.dtype):
+    image, text = streams.image, streams.text
+    idle = norms.none and tables[0] is None and tables[1] is None
+    alike = image.v is None or image.q.dtype == image.k.dtype == image.v.dtype
+    if idle and text is None and alike:
         return image
-    both = fused(streams, norms, text_first, rotary, tables)
+    # At most a join is left, which torch does as fast for whole tensors.
+    whole = text is None or image.k is None or image.k.is_contiguous()
+    both = None if idle and whole else fused(streams, norms, text_first, rotary, tables)
     if both is None:
         norms.over(streams)
         if rotary is not None and rotary.over == "image":
