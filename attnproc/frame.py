@@ -56,7 +56,7 @@ class Residual(Step):
     @staticmethod
     def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         if getattr(at.attn, "residual_connection", False):
-            image = plus(image, at.call.x)
+            image = image + at.call.x if at.compiling else plus(image, at.call.x)
         factor = getattr(at.attn, "rescale_output_factor", 1.0)
         return image if factor == 1.0 else image / factor, text
 
@@ -67,7 +67,7 @@ class AlwaysResidual(Step):
 
     @staticmethod
     def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
-        return plus(image, at.call.x), text
+        return image + at.call.x if at.compiling else plus(image, at.call.x), text
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class GroupNorm(Step):
     @staticmethod
     def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         norm = getattr(at.attn, "group_norm", None)
-        return x if norm is None else _over_channels(norm, x), context
+        return x if norm is None else _over_channels(at, norm, x), context
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class ContextNorm(Step):
         if norm is None or context is None:
             return x, context
         if isinstance(norm, nn.GroupNorm):
-            return x, _over_channels(norm, context)
+            return x, _over_channels(at, norm, context)
         return x, norm(context)
 
 
@@ -164,10 +164,9 @@ class ClipHalf(Step):
         return image, text
 
 
-def _over_channels(norm: Any, x: Tensor) -> Tensor:
+def _over_channels(at: Site, norm: Any, x: Tensor) -> Tensor:
     """Tokens ``[B, S, C]`` normed, for which the norm sees ``[B, C, S]``."""
-    # The compiler makes one kernel of a norm and what is around it.
-    if keeps_nothing() and fusable(x) and _is_plain(norm, x):
+    if not at.compiling and keeps_nothing() and fusable(x) and _is_plain(norm, x):
         from .kernels.triton.groupnorm import fits, group_norm
 
         if fits(x, norm.num_groups):

@@ -91,7 +91,6 @@ def normed(at: Site, y: Tensor, x: Tensor | None) -> Tensor | None:
 
 def plus(image: Tensor, x: Tensor) -> Tensor:
     """``image + x``, where the image may be tokens that are seen as a grid."""
-    # The compiler makes one kernel of the sum and what is around it.
     if keeps_nothing() and fusable(x) and _crosswise(image, x):
         from .kernels.triton.residual import tokens_plus_grid
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -50,7 +51,9 @@ def swap(model: nn.Module) -> SwapReport:
     """Gives each attention module of a model our processor of the same name.
 
     Weights are shared, not copied, and attributes (`scale`, `slice_size`, …) carried over.
-    Processors that have no namesake here stay, and the report says so.
+    Processors that have no namesake here stay, and the report says so. Those with weights remain
+    instances of their former class too, for which diffusers' `set_ip_adapter_scale`,
+    `unload_ip_adapter` and `save_attn_procs` ask.
 
     Args:
         model: Any model whose attention modules hold a `processor`, as diffusers' do.
@@ -102,12 +105,38 @@ def adopt(kind: type[Processor], old: Any) -> Processor:
     if isinstance(old, nn.Module) and isinstance(new, nn.Module):
         new.__dict__["_modules"] = dict(old.named_children())
         new.train(old.training)
+        new.__class__ = _alike(kind, type(old))
     for name in ("scale", "_attention_backend", "_parallel_config"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     # In a tuple, so that its weights are not registered twice.
     new.__dict__["swapped"] = (old,)
     return new
+
+
+class _Alike:
+    """What a class has that is made of one of ours and its namesake.
+
+    Of processors with weights a model's owner asks for the class: to set the scale of image
+    prompts, to take them off, to save an adapter. They are instances of both.
+    """
+
+    made_of: tuple[type[Processor], type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, self.made_of, self.__dict__
+
+
+@cache
+def _alike(kind: type[Processor], other: type[nn.Module]) -> type[Processor]:
+    names = ("__module__", "__qualname__", "__doc__")
+    own = {name: getattr(kind, name) for name in names} | {"made_of": (kind, other)}
+    return cast("type[Processor]", type(kind.__name__, (_Alike, kind, other), own))
+
+
+def _empty(kind: type[Processor], other: type[nn.Module]) -> Processor:
+    alike = _alike(kind, other)
+    return alike.__new__(alike)
 
 
 def put(attn: Any, processor: Any) -> None:

@@ -67,10 +67,10 @@ def shared_packed(at: Site, x: Tensor, context: Tensor | None) -> Streams:
 
 def added_kv(at: Site, x: Tensor, context: Tensor | None) -> Streams:
     """The text adds keys and values to the image's, or stands in for them."""
-    text = QKV(None, *at.products(ADDED[1:], x if context is None else context))
+    text = _pair(at, x if context is None else context)
     if at.attn.only_cross_attention:
         return Streams(QKV(at.linear("to_q", x), None, None), text)
-    return Streams(QKV(*at.products(SELF, x)), text)
+    return Streams(_all(at, x), text)
 
 
 def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
@@ -88,6 +88,14 @@ def multiscale(at: Site, x: Tensor, context: Tensor | None) -> Streams:
 
 
 # Names as defaults, since compiled code checks every string of a variable.
+def _all(at: Site, x: Tensor, names: tuple[str, ...] = SELF) -> QKV:
+    return QKV(*at.products(names, x))
+
+
+def _pair(at: Site, context: Tensor, names: tuple[str, ...] = ADDED[1:]) -> QKV:
+    return QKV(None, *at.products(names, context))
+
+
 def _three(at: Site, x: Tensor, context: Tensor, names: tuple[str, ...] = SELF) -> QKV:
     if x is context and (at.recipe.around or at.recipe.edits):
         asked = _asked(at, x)

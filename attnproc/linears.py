@@ -64,16 +64,20 @@ def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
         layer = getattr(at.attn, name)
     if layer.__class__ is ModuleList:
         layer = layer._modules["0"]
-    return called(layer, x)
+    return layer(x) if at.compiling else _directly(layer, x)
 
 
 def called(layer: Any, x: Tensor) -> Tensor:
     """``layer(x)``, for a plain linear layer without the cost of `Module.__call__`.
 
-    That would be as much as a launch; hooks are honoured.
+    That would be as much as a launch; hooks are honoured. Compiled code has no such cost, but a
+    guard for whatever is looked at.
     """
-    # Compiled code has no such cost, but a guard for whatever is looked at.
-    if is_compiling() or layer.__class__ is not nn.Linear or is_watched(layer):
+    return layer(x) if is_compiling() else _directly(layer, x)
+
+
+def _directly(layer: Any, x: Tensor) -> Tensor:
+    if layer.__class__ is not nn.Linear or is_watched(layer):
         return layer(x)
     own = layer._parameters
     weight = own.get("weight")
@@ -138,7 +142,7 @@ def dropout(at: Site, x: Tensor) -> Tensor:
     drop: Any = layers._modules.get("1")
     if drop is None:
         return x
-    if is_compiling():
+    if at.compiling:
         return drop(x)
     # Looked at before it is called, since most have nothing to drop.
     idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_watched(drop)

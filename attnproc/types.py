@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, 
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from .kernels import Kernel
@@ -151,6 +152,13 @@ class Site(_Record):
     attn: Any
     """Any module with the attributes that the parts look up: diffusers', ours, or a likeness."""
     call: Call
+
+    @property
+    def compiling(self) -> bool:
+        """Whether `torch.compile` traces this call: it makes its own kernels, and a guard for all
+        that is looked at.
+        """
+        return is_compiling()
 
     def linear(self, name: str, x: Tensor, y: Any = None) -> Tensor:
         """The projection `name` of `x` ``[B, S, C]``, or of its packed `y`, with adapters."""

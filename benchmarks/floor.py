@@ -190,8 +190,9 @@ def floor(pair: Pair, seconds: float) -> dict[str, Any]:
 
     Returns:
         `ms`, the sum by the definition; `tight_ms`, the same of ten in one graph, so without the
-        gaps between graphs; `conv_ms`, convolutions, which neither counts; `parts`, each with its
-        share of `ms`.
+        gaps between graphs; `launched_ms`, all of it launched call by call, as Python without a
+        line around it does; `conv_ms`, convolutions, which none of them counts; `parts`, each with
+        its share of `ms`.
     """
     found = record(pair)
     parts: list[dict[str, Any]] = []
@@ -206,7 +207,24 @@ def floor(pair: Pair, seconds: float) -> dict[str, Any]:
     counted = ("linear", "attention", "copy")
     sums = {f"{kind}_ms": total("ms", kind) for kind in (*counted, "conv")}
     both = {"ms": total("ms", *counted), "tight_ms": total("tight_ms", *counted)}
+    if pair.device == "cuda":
+        both["launched_ms"] = round(_launched(found, pair, seconds), 5)
     return {**both, **sums, "parts": parts}
+
+
+@torch.no_grad()
+def _launched(found: Recorded, pair: Pair, seconds: float) -> float:
+    """Eager time of the floor's calls, one after the other, attention as torch chooses."""
+    calls: list[Callable[[], Any]] = []
+    for work, count in found.counts.items():
+        if not isinstance(work, Conv):
+            calls += [_candidates(work, pair, chosen=True)[""]] * count
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return _median(run, pair.device, seconds)
 
 
 @torch.no_grad()
@@ -238,7 +256,8 @@ def _median(call: Callable[[], Any], device: str, seconds: float) -> float:
     return times[""].median
 
 
-def _candidates(work: Work, pair: Pair) -> dict[str, Callable[[], Any]]:
+def _candidates(work: Work, pair: Pair, chosen: bool = False) -> dict[str, Callable[[], Any]]:
+    """What can do a work, by name; `chosen` leaves the choice to torch, under the name ""."""
     generator = torch.Generator(pair.device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -248,31 +267,35 @@ def _candidates(work: Work, pair: Pair) -> dict[str, Callable[[], Any]]:
     if isinstance(work, Linear):
         x, weight = random(work.rows, work.width), random(work.out, work.width)
         bias = random(work.out) if work.bias else None
-        return {"linear": lambda: F.linear(x, weight, bias)}
+        return {"" if chosen else "linear": lambda: F.linear(x, weight, bias)}
     if isinstance(work, Conv):
         x, weight = random(*work.x), random(*work.weight)
         return {"conv": lambda: F.conv2d(x, weight, None, *work.options)}
     if isinstance(work, Copy):
         x = random(work.elements)
-        return {"copy": x.clone}
-    return _kernels(work, pair, random)
+        return {"" if chosen else "copy": x.clone}
+    return _kernels(work, pair, random, chosen)
 
 
 def _kernels(
-    work: Attention, pair: Pair, random: Callable[..., Tensor]
+    work: Attention, pair: Pair, random: Callable[..., Tensor], chosen: bool
 ) -> dict[str, Callable[[], Any]]:
     # Heads lie as the projections leave them, so that the output needs no copy either.
     q = random(work.batch, work.queries, work.heads, work.dim).transpose(1, 2)
     k, v = (random(work.batch, work.keys, work.kv_heads, work.dim).transpose(1, 2) for _ in "kv")
 
+    def plain() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=work.heads != work.kv_heads)
+
     def by(backend: SDPBackend) -> Callable[[], Any]:
         def call() -> Tensor:
             with sdpa_kernel(backend):
-                gqa = work.heads != work.kv_heads
-                return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+                return plain()
 
         return call
 
+    if chosen:
+        return {"": plain}
     return {name: by(backend) for name, backend in _BACKENDS[pair.device].items()}
 
 

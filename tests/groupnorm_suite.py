@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,10 @@ def drawn(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) 
     return x.transpose(1, 2), norm.to(dtype)
 
 
+# Nothing of it matters but that no code is compiled.
+SITE: Any = SimpleNamespace(compiling=False)
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return spied(monkeypatch, groupnorm, "group_norm")
@@ -46,7 +51,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def over_channels(norm: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return frame._over_channels(norm, x)
+        return frame._over_channels(SITE, norm, x)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -124,7 +129,7 @@ def test_what_is_no_plain_norm_of_a_grid_goes_the_composed_way(
             torch.set_grad_enabled(change == "gradients"),
             torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"),
         ):
-            frame._over_channels(norm, x)
+            frame._over_channels(SITE, norm, x)
     finally:
         use_fused(True)
     assert not launches

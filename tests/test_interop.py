@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -54,6 +55,56 @@ def test_the_very_processors_come_back() -> None:
     after = [attn.processor for _, attn in processors(model)]
     assert all(one is other for one, other in zip(after, before, strict=True))
     same_state(model, weights)
+
+
+def prompted(model: nn.Module, inputs: dict[str, object]) -> dict[str, object]:
+    """A call with an image's tokens."""
+    torch.manual_seed(3)
+    tokens = torch.randn(2, 1, 4, 24)
+    return {**inputs, "encoder_hidden_states": (inputs["encoder_hidden_states"], [tokens])}
+
+
+def test_diffusers_sets_the_scale_of_swapped_image_prompts_and_takes_them_off() -> None:
+    from diffusers.loaders import IPAdapterMixin
+
+    model, inputs = unet()
+    plain = outputs(model, inputs)
+    with_image_prompts(model)
+    given = prompted(model, inputs)
+
+    class Pipeline(IPAdapterMixin):
+        unet = model
+        unet_name = "unet"
+        safety_checker = None
+
+    def scaled(scale: object) -> torch.Tensor:
+        Pipeline().set_ip_adapter_scale(scale)
+        return outputs(model, given)
+
+    right = [scaled(0.2), scaled(0.9), scaled({"down": 0.5})]
+    attnproc.swap(model)
+    found = [scaled(0.2), scaled(0.9), scaled({"down": 0.5})]
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], found[1])
+
+    Pipeline().unload_ip_adapter()
+    assert torch.equal(outputs(model, inputs), plain)
+
+
+def test_swapped_processors_with_weights_are_of_both_classes_in_copies_too() -> None:
+    model, inputs = unet()
+    with_image_prompts(model)
+    attnproc.swap(model)
+    given = prompted(model, inputs)
+    before = outputs(model, given)
+    kinds = attnproc.IPAdapterAttnProcessor2_0, theirs.IPAdapterAttnProcessor2_0
+
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        procs = [attn.processor for path, attn in processors(copied) if path.endswith("attn2")]
+        assert all(isinstance(proc, kind) for proc in procs for kind in kinds)
+        assert {type(proc).__name__ for proc in procs} == {"IPAdapterAttnProcessor2_0"}
+        assert torch.equal(outputs(copied, given), before)
 
 
 def test_restore_without_a_swap_does_nothing() -> None:
