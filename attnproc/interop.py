@@ -105,7 +105,7 @@ def adopt(kind: type[Processor], old: Any) -> Processor:
     if isinstance(old, nn.Module) and isinstance(new, nn.Module):
         new.__dict__["_modules"] = dict(old.named_children())
         new.train(old.training)
-        new.__class__ = _alike(kind, type(old))
+        object.__setattr__(new, "__class__", _alike(kind, type(old)))
     for name in ("scale", "_attention_backend", "_parallel_config"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))

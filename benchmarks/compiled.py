@@ -39,19 +39,20 @@ class Compiled:
         return facts | ({"break_reasons": self.reasons} if self.reasons else {})
 
 
-def compiled(call: Callable[[], Any], limit: float) -> Compiled:
-    """Compiles in the default mode and runs once.
+def compiled(call: Callable[[], Any], limit: float, mode: str | None = None) -> Compiled:
+    """Compiles and runs once.
 
     Args:
         call: A function without arguments.
         limit: Seconds that compiling may take.
+        mode: Of `torch.compile`.
 
     Raises:
         TimeoutError: It took longer.
     """
     counters.clear()
     start = time.perf_counter()
-    run = torch.compile(_apart(call))
+    run = torch.compile(_apart(call), mode=mode)
     with time_limit(limit):
         run()
     took = round(time.perf_counter() - start, 2)

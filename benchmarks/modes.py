@@ -92,19 +92,34 @@ def graph(both: Both, options: Options) -> Found:
 
 
 def compiled(both: Both, options: Options) -> Found:
+    facts, times, failures = _compiled(both, options, "compiled", None)
+    return {side: facts[side] | times[side] for side in facts} | failures
+
+
+def replayed(both: Both, options: Options) -> Found:
+    if options.device != "cuda":
+        return {}
+    _, times, failures = _compiled(both, options, "replayed", "reduce-overhead")
+    return times | failures
+
+
+def _compiled(
+    both: Both, options: Options, name: str, mode: str | None
+) -> tuple[Found, Found, Found]:
+    """What is known of both sides' compiled calls, their times, and what failed."""
     compiling.forget()
     made, failures = _each(
-        lambda side: compiling.compiled(both.call(side), options.compile_limit), "compiled"
+        lambda side: compiling.compiled(both.call(side), options.compile_limit, mode), name
     )
     right = _first(both.call("diffusers")())
     found: Found = {side: one.facts() for side, one in made.items()}
     for side, one in made.items():
-        found[side]["compiled_difference"] = difference(_first(one.call()), right)
+        found[side][f"{name}_difference"] = difference(_first(one.call()), right)
     del right
     calls = {side: one.call for side, one in made.items()}
-    times = _times("compiled", by_turns(calls, options.device, 2 * options.seconds))
+    times = _times(name, by_turns(calls, options.device, 2 * options.seconds))
     compiling.forget()
-    return {side: found[side] | times[side] for side in found} | failures
+    return found, times, failures
 
 
 def backward(both: Both, options: Options) -> Found:
@@ -135,6 +150,7 @@ COMMON: dict[str, Mode] = {
     "peak": peak,
     "backward": backward,
     "compiled": compiled,
+    "replayed": replayed,
     "graph": graph,
 }
 

@@ -147,6 +147,21 @@ def gpu_rows() -> str:
     return table(head, lines) + failures(data)
 
 
+def gpu_replayed() -> str:
+    """Calls bound by launches, under the compiler's mode that replays them."""
+    rows = good(results("run-cuda-bf16"))
+    found = {name: row for name, row in rows.items() if "replayed_ms" in row["ours"]}
+    if not found:
+        return MISSING
+    keys = ("eager_ms", "compiled_ms", "replayed_ms", "graph_ms")
+    lines = [
+        [name, number(row.get("floor", {}).get("ms")), *(change(row, key) for key in keys)]
+        for name, row in found.items()
+    ]
+    head = ("row", "floor", "eager", "compiled", "replayed", "graph")
+    return table(head, lines)
+
+
 def gpu_backward() -> str:
     """Forward and backward passes."""
     rows = good(results("run-cuda-bf16"))
@@ -399,6 +414,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "goals": gpu_summary,
     "rows": gpu_rows,
     "backward": gpu_backward,
+    "replayed": gpu_replayed,
     "denoisers": denoisers,
     "bounds": bounds,
     "cpu-fp32": cpu("fp32"),

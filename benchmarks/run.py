@@ -10,6 +10,7 @@ pass is timed. Then the modes, the sides by turns:
     eager     wall time, amortised over many calls, and `host_ms`, the CPU's cost of a call
     graph     the call replayed as a CUDA graph: the GPU's own time
     compiled  under torch.compile, with the number of graphs and breaks
+    replayed  under torch.compile in the mode "reduce-overhead": as a CUDA graph
     backward  forward and backward pass: wall time and, on a GPU, as a graph
     peak      memory above what was held before: forward, and backward if that is asked too
     floor     the linear layers and the fastest attention kernel alone (benchmarks/floor.py)
@@ -38,7 +39,10 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Pattern of rows; several add.")] = None,
     variants: Annotated[bool, typer.Option(help="Other shapes: benchmarks/variants.py.")] = False,
     modes: Annotated[
-        str, typer.Option(help="Of eager, graph, compiled, backward, peak, floor; by commas.")
+        str,
+        typer.Option(
+            help="Of eager, graph, compiled, replayed, backward, peak, floor, by commas."
+        ),
     ] = "eager,graph,peak,floor",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     shrink: Annotated[
