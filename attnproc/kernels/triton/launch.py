@@ -53,10 +53,11 @@ class Launcher:
 
     Args:
         fn: What `triton.jit` gave.
+        warps: How many warps of threads a program has.
     """
 
-    def __init__(self, fn: Any) -> None:
-        self.fn = fn
+    def __init__(self, fn: Any, warps: int = 4) -> None:
+        self.fn, self.warps = fn, warps
         self.ready: Plans[Callable[..., None]] = Plans()
 
     def __call__(
@@ -101,14 +102,14 @@ class Launcher:
                 # The kernel would read a pointer to another device's memory as its own.
                 kinds.append(tensor.get_device())
         if together & _ALIGNED or not _KNOWN:
-            self.fn[grid](*tensors, *numbers, *fixed)
+            self.fn[grid](*tensors, *numbers, *fixed, num_warps=self.warps)
             return None
         key = (grid, numbers, fixed, *kinds)
         run = self.ready.get(key)
         if run is not None:
             run(*pointers, *numbers, *fixed)
             return run
-        compiled = self.fn[grid](*tensors, *numbers, *fixed)
+        compiled = self.fn[grid](*tensors, *numbers, *fixed, num_warps=self.warps)
         # The interpreter compiles nothing.
         if compiled is None:
             return None
@@ -188,4 +189,8 @@ def wrap_triton(launcher: Launcher) -> Run:
     if kernel is launcher.fn:
         # The operator is called as it is.
         return launcher
-    return lambda grid, tensors, numbers, fixed: kernel[grid](*tensors, *numbers, *fixed)
+
+    def run(grid: Any, tensors: Any, numbers: Any, fixed: Any) -> None:
+        kernel[grid](*tensors, *numbers, *fixed, num_warps=launcher.warps)
+
+    return run

@@ -23,7 +23,7 @@ __all__ = ["linear_attention"]
 # of the summing passes.
 _TILE = 64
 _STEP = 256
-_WALK = 1024
+_WALK = 512
 _PRECISION = tl.constexpr("tf32x3")
 
 
@@ -73,6 +73,11 @@ def _sums(
     tl.store(total + at + d, sums, mask=d < D)
 
 
+# One warp holds a small matrix, and many programs hide each other's waiting.
+_sums_small = Launcher(_sums.fn, warps=1)
+_SMALL = 32
+
+
 @triton.jit
 def _summed(
     state, total, row, count, d, parts, D: tl.constexpr, DP: tl.constexpr
@@ -100,14 +105,27 @@ def _apply(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DP)
     whole, sums = _summed(state, total, row, tl.num_programs(0), d, parts, D, DP)
+    # Three numbers of 8 bits each are one of 24: products with bfloat16 are exact as they are.
+    high = whole.to(tl.bfloat16)
+    rest = whole - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
     q = _head(q, row, heads, q_batch, q_head)
     o = _whole_head(o, row, heads, length, D)
     for first in range(0, WALK, T):
         tokens = (part * WALK + first + tl.arange(0, T)).to(tl.int64)
         live = tokens < length
-        queries = tl.maximum(_rows(q, tokens, live, d, q_token, D).to(tl.float32), 0.0)
+        raw = _rows(q, tokens, live, d, q_token, D)
+        queries = tl.maximum(raw.to(tl.float32), 0.0)
         norm = tl.sum(queries * sums[None, :], axis=1) + eps
-        found = tl.dot(queries, whole, input_precision=_PRECISION) / norm[:, None]
+        if q.dtype.element_ty == tl.bfloat16:
+            narrow = queries.to(tl.bfloat16)
+            found = tl.dot(narrow, low)
+            found = tl.dot(narrow, middle, found)
+            found = tl.dot(narrow, high, found)
+        else:
+            found = tl.dot(queries, whole, input_precision=_PRECISION)
+        found = found / norm[:, None]
         inside = live[:, None] & (d < D)[None, :]
         places = tokens[:, None] * (heads * D) + d[None, :]
         tl.store(o + places, found.to(o.dtype.element_ty), mask=inside)
@@ -225,7 +243,8 @@ class _Linear(torch.autograd.Function):
 
 @operator("attnproc::relu_linear")
 def _operator(q: Tensor, k: Tensor, v: Tensor, eps: float) -> list[Tensor]:
-    return _forward(q, k, v, eps, (wrap_triton(_sums), wrap_triton(_apply)))
+    sums = wrap_triton(_sums_small) if q.shape[3] <= _SMALL else wrap_triton(_sums)
+    return _forward(q, k, v, eps, (sums, wrap_triton(_apply)))
 
 
 @operator("attnproc::relu_linear_back")
@@ -277,9 +296,8 @@ def _forward(
     k: Tensor,
     v: Tensor,
     eps: float,
-    runs: tuple[Run, Run] = (_sums, _apply),
+    runs: tuple[Run, Run] | None = None,
 ) -> list[Tensor]:
-    sums, apply = runs
     q, k, v = _plain(q), _plain(k), _plain(v)
     batch, heads, queries, dim = q.shape
     keys, rows = k.shape[2], batch * heads
@@ -290,6 +308,7 @@ def _forward(
     if not o.numel():
         return [o, state, total]
     tile = _tile(int(dim))
+    sums, apply = runs or (_sums_small if dim <= _SMALL else _sums, _apply)
     sums(
         (rows, parts),
         (k, v, state, total),
