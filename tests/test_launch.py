@@ -36,7 +36,7 @@ class Kernel:
         self.runs: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, int]) -> Any:
-        def look(*args: Any, num_warps: int) -> Compiled:
+        def look(*args: Any) -> Compiled:
             self.looks.append((grid, args))
             return Compiled(self.runs)
 

@@ -53,11 +53,11 @@ class Launcher:
 
     Args:
         fn: What `triton.jit` gave.
-        warps: How many warps of threads a program has.
+        options: Of every launch, such as `num_warps`.
     """
 
-    def __init__(self, fn: Any, warps: int = 4) -> None:
-        self.fn, self.warps = fn, warps
+    def __init__(self, fn: Any, **options: Any) -> None:
+        self.fn, self.options = fn, options
         self.ready: Plans[Callable[..., None]] = Plans()
 
     def __call__(
@@ -102,14 +102,14 @@ class Launcher:
                 # The kernel would read a pointer to another device's memory as its own.
                 kinds.append(tensor.get_device())
         if together & _ALIGNED or not _KNOWN:
-            self.fn[grid](*tensors, *numbers, *fixed, num_warps=self.warps)
+            self.fn[grid](*tensors, *numbers, *fixed, **self.options)
             return None
         key = (grid, numbers, fixed, *kinds)
         run = self.ready.get(key)
         if run is not None:
             run(*pointers, *numbers, *fixed)
             return run
-        compiled = self.fn[grid](*tensors, *numbers, *fixed, num_warps=self.warps)
+        compiled = self.fn[grid](*tensors, *numbers, *fixed, **self.options)
         # The interpreter compiles nothing.
         if compiled is None:
             return None
@@ -191,6 +191,6 @@ def wrap_triton(launcher: Launcher) -> Run:
         return launcher
 
     def run(grid: Any, tensors: Any, numbers: Any, fixed: Any) -> None:
-        kernel[grid](*tensors, *numbers, *fixed, num_warps=launcher.warps)
+        kernel[grid](*tensors, *numbers, *fixed, **launcher.options)
 
     return run

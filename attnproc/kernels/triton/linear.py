@@ -74,7 +74,7 @@ def _sums(
 
 
 # One warp holds a small matrix, and many programs hide each other's waiting.
-_sums_small = Launcher(_sums.fn, warps=1)
+_sums_small = Launcher(_sums.fn, num_warps=1)
 _SMALL = 32
 
 
