@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .kernels import choose
 from .parallel import beside, own_call, spread_out
@@ -35,7 +36,7 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
         ValueError: An argument has a shape or a combination that the recipe does not take.
     """
     spread = proc._parallel_config is not None  # pyright: ignore[reportPrivateUsage]
-    at = Site(recipe, proc, attn, own_call(proc, call) if spread else call)
+    at = Site(recipe, proc, attn, own_call(proc, call) if spread else call, is_compiling())
 
     x, context = call.x, call.context
     for enter in recipe.entering:

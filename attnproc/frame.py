@@ -170,7 +170,8 @@ def _over_channels(at: Site, norm: Any, x: Tensor) -> Tensor:
         from .kernels.triton.groupnorm import fits, group_norm
 
         if fits(x, norm.num_groups):
-            return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+            own = norm._parameters
+            return group_norm(x, norm.num_groups, own["weight"], own["bias"], norm.eps)
     return norm(x.transpose(1, 2)).transpose(1, 2)
 
 
@@ -178,8 +179,12 @@ def _is_plain(norm: Any, x: Tensor) -> bool:
     """Whether a norm does nothing but its formula here, in the dtype of `x`."""
     if type(norm) is not nn.GroupNorm or is_watched(norm):
         return False
-    weights: tuple[Any, ...] = norm.weight, norm.bias
-    same = all(w is None or alike(w, x) for w in weights)
+    own: dict[str, Any] = vars(norm)["_parameters"]
+    if "weight" not in own or "bias" not in own:
+        # Sharded training holds them as attributes.
+        return False
+    weight, bias = own["weight"], own["bias"]
+    same = (weight is None or alike(weight, x)) and (bias is None or alike(bias, x))
     return same and not torch.is_autocast_enabled(x.device.type)
 
 

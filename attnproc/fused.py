@@ -6,6 +6,7 @@ plain tensors on a GPU. Everything else goes the composed way.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,135 +17,132 @@ from .norms import Formula, Norms, formula
 from .rotary import Rotary, Table, table_of
 from .types import QKV, Streams
 
-__all__ = ["fused"]
-
-_NO_NORM = Formula("none", None, None, 0.0, False)
+__all__ = ["Fused"]
 
 
-def fused(
-    streams: Streams,
-    norms: Norms,
-    text_first: bool,
-    rotary: Rotary | None,
-    tables: tuple[Any, Any],
-) -> QKV | None:
-    """Streams ``[B, S, H, D]`` normed, rotated and joined; None where no kernel can.
+@dataclass(slots=True)
+class Fused:
+    """Streams ``[B, S, H, D]`` that kernels are to norm, rotate and join.
 
-    Uses the streams up, unless it gives None.
+    Methods of what compiled code makes itself, as this is, need no guards; functions do.
     """
-    image, text = streams.image, streams.text
-    if not fusable(image.q) or not _takes(image, text):
-        return None
-    formulas = [_formulas(norms.image, image), _formulas(norms.text, text)]
-    turned = None if rotary is None else _tables(streams, rotary, tables)
-    if any(known is None for known in formulas) or (rotary is not None and turned is None):
-        return None
-    over = "image" if rotary is None else rotary.over
-    both = QKV(None, None, None)
-    hows: dict[str, tuple[tuple[Formula | None, ...], Table | None]] = {"v": ((None, None), None)}
-    for i, name in enumerate("qk"):
-        pair = tuple(known[i] for known in formulas if known is not None)
-        if len({n.across for n in pair if n is not None}) > 1:
+
+    streams: Streams
+    norms: Norms
+    text_first: bool
+    rotary: Rotary | None
+    tables: tuple[Any, Any]
+
+    def laid(self) -> QKV | None:
+        """The joint sequence; None where no kernel can. Uses the streams up, unless it is None."""
+        image, text, rotary = self.streams.image, self.streams.text, self.rotary
+        if not fusable(image.q) or not self._takes(image, text):
             return None
-        hows[name] = pair, None if turned is None else turned[i]
-    for name in "qkv":
-        parts = streams.take(name)
-        setattr(both, name, _laid(parts, *hows[name], text_first, over == "joint"))
-    return both
-
-
-def _takes(image: QKV, text: QKV | None) -> bool:
-    """Whether the tensors are of one kind."""
-    first = image.q
-    found = [image.k, image.v] + ([] if text is None else [text.q, text.k, text.v])
-    return all(t is None or (t.dtype == first.dtype and t.is_cuda == first.is_cuda) for t in found)
-
-
-def _formulas(norms: tuple[Any, Any], stream: QKV | None) -> tuple[Formula | None, ...] | None:
-    """Formulas of the norms of queries and keys; None where one has none."""
-    if stream is None:
-        return None, None
-    found: list[Formula | None] = []
-    for norm, x in zip(norms, (stream.q, stream.k), strict=True):
-        known = None
-        if norm is not None and x is not None:
-            known = formula(norm, x.shape[2], x.shape[3], x.dtype)
-            if known is None:
+        of_image = self._formulas(self.norms.image, image)
+        of_text = self._formulas(self.norms.text, text)
+        turned = (None, None) if rotary is None else self._turned(rotary)
+        if of_image is None or of_text is None or turned is None:
+            return None
+        for pair in zip(of_image, of_text, strict=True):
+            if len({n.across for n in pair if n is not None}) > 1:
                 return None
-        found.append(known)
-    return tuple(found)
+        joint = rotary is not None and rotary.over == "joint"
+        both = QKV(None, None, None)
+        both.q = self._laid("q", of_image[0], of_text[0], turned[0], joint)
+        both.k = self._laid("k", of_image[1], of_text[1], turned[1], joint)
+        both.v = self._laid("v", None, None, None, joint)
+        return both
 
+    def _takes(self, image: QKV, text: QKV | None) -> bool:
+        """Whether the tensors are of one kind."""
+        first = image.q
+        found = [image.k, image.v] + ([] if text is None else [text.q, text.k, text.v])
+        return all(
+            t is None or (t.dtype == first.dtype and t.is_cuda == first.is_cuda) for t in found
+        )
 
-def _tables(
-    streams: Streams, rotary: Rotary, tables: tuple[Any, Any]
-) -> tuple[Table | None, Table | None] | None:
-    """Rotary tables of queries and keys; None where one does not fit the kernels."""
-    of_queries, of_keys = tables
-    found = None if of_queries is None else table_of(rotary.form, of_queries)
-    # Compiled code can't compare tables by identity; keys have another one only of their own.
-    other = None if rotary.keys == "own" else found
-    if of_keys is None:
-        other = None
-    elif other is None:
-        other = table_of(rotary.form, of_keys)
-    for name, rope, table in (("q", of_queries, found), ("k", of_keys, other)):
-        if rope is not None and (table is None or not _fits(table, streams, name, rotary.over)):
+    def _formulas(
+        self, norms: tuple[Any, Any], stream: QKV | None
+    ) -> tuple[Formula | None, Formula | None] | None:
+        """Formulas of the norms of queries and keys; None where one has none."""
+        if stream is None:
+            return None, None
+        found: list[Formula | None] = []
+        for norm, x in zip(norms, (stream.q, stream.k), strict=True):
+            known = None
+            if norm is not None and x is not None:
+                known = formula(norm, x.shape[2], x.shape[3], x.dtype)
+                if known is None:
+                    return None
+            found.append(known)
+        return found[0], found[1]
+
+    def _turned(self, rotary: Rotary) -> tuple[Table | None, Table | None] | None:
+        """Rotary tables of queries and keys; None where one does not fit the kernels."""
+        of_queries, of_keys = self.tables
+        found = None if of_queries is None else table_of(rotary.form, of_queries)
+        # Compiled code can't compare tables by identity; keys have another one only of their own.
+        other = None if rotary.keys == "own" else found
+        if of_keys is None:
+            other = None
+        elif other is None:
+            other = table_of(rotary.form, of_keys)
+        for name, rope, table in (("q", of_queries, found), ("k", of_keys, other)):
+            if rope is not None and (table is None or not self._fits(table, name, rotary.over)):
+                return None
+        return found, other
+
+    def _fits(self, table: Table, name: str, over: str) -> bool:
+        """Whether a table has an entry for each token, of tensors that need no gradient."""
+        text = self.streams.text
+        x = getattr(self.streams.image, name)
+        if x is None:
+            return False
+        more = None if text is None or over == "image" else getattr(text, name)
+        tokens = x.shape[1] + (0 if more is None else more.shape[1])
+        batch, positions, heads, entries = table.cos.shape
+        return (
+            table.cos.shape == table.sin.shape
+            and batch in (1, x.shape[0])
+            and positions == tokens
+            and heads in (1, x.shape[2])
+            and entries * table.step == table.turned <= x.shape[3]
+            and table.turned % table.width == 0
+            and (table.width > 2 or table.turned == x.shape[3])
+            and not (table.cos.requires_grad or table.sin.requires_grad)
+        )
+
+    def _laid(
+        self,
+        name: str,
+        of_image: Formula | None,
+        of_text: Formula | None,
+        table: Table | None,
+        joint: bool,
+    ) -> Tensor | None:
+        """Queries, keys or values of both streams, by the kernel where anything is to do."""
+        x, then = self.streams.take(name)
+        one, other = of_image, of_text
+        turns = (table is not None, table is not None and joint)
+        if x is None or (then is not None and self.text_first):
+            x, then, one, other, turns = then, x, of_text, of_image, (turns[1], turns[0])
+        if x is None:
             return None
-    return found, other
+        if one is None and table is None and other is None:
+            if then is None:
+                return x
+            # torch's own join is as fast for whole tensors, and gives gradients as views.
+            if not keeps_nothing() or x.is_contiguous():
+                return torch.cat((x, then), dim=1)
+        from .kernels.triton.lay import Lay, lay
 
+        none = 0, 0.0, False, None, None
+        n0, e0, a0, w0, b0 = none if one is None else self._numbers(one)
+        n1, e1, a1, w1, b1 = none if other is None else self._numbers(other)
+        shape = (2, 0, 1) if table is None else (table.width, table.turned, table.step)
+        how = Lay((n0, n1), (e0, e1), a0 or a1, turns, joint and table is not None, *shape)
+        angles = None if table is None else (table.cos, table.sin)
+        return lay(x, then, how, (w0, b0, w1, b1), angles)
 
-def _fits(table: Table, streams: Streams, name: str, over: str) -> bool:
-    """Whether a table has an entry for each token, of tensors that need no gradient."""
-    x = getattr(streams.image, name)
-    if x is None:
-        return False
-    more = None if streams.text is None or over == "image" else getattr(streams.text, name)
-    tokens = x.shape[1] + (0 if more is None else more.shape[1])
-    batch, positions, heads, entries = table.cos.shape
-    return (
-        table.cos.shape == table.sin.shape
-        and batch in (1, x.shape[0])
-        and positions == tokens
-        and heads in (1, x.shape[2])
-        and entries * table.step == table.turned <= x.shape[3]
-        and table.turned % table.width == 0
-        and (table.width > 2 or table.turned == x.shape[3])
-        and not (table.cos.requires_grad or table.sin.requires_grad)
-    )
-
-
-def _laid(
-    parts: tuple[Tensor | None, Tensor | None],
-    norms: tuple[Formula | None, ...],
-    table: Table | None,
-    text_first: bool,
-    joint: bool,
-) -> Tensor | None:
-    """Queries, keys or values of both streams, by the kernel where anything is to do."""
-    from .kernels.triton.lay import Lay, lay
-
-    turns = (table is not None, table is not None and joint)
-    found: list[tuple[Any, ...]] = [
-        part for part in zip(parts, norms, turns, strict=True) if part[0] is not None
-    ]
-    if text_first:
-        found.reverse()
-    if not found:
-        return None
-    pair: Any = (*found, (None, None, False))[:2]
-    (x, n0, t0), (then, n1, t1) = pair
-    if n0 is None and table is None and n1 is None:
-        if then is None:
-            return x
-        # torch's own join is as fast for whole tensors, and gives gradients as views.
-        if not keeps_nothing() or x.is_contiguous():
-            return torch.cat((x, then), dim=1)
-    one, other = n0 or _NO_NORM, n1 or _NO_NORM
-    kinds = one.number, other.number
-    across, eps = one.across or other.across, (one.eps, other.eps)
-    weights = (one.weight, one.bias, other.weight, other.bias)
-    if table is None:
-        return lay(x, then, Lay(kinds, eps, across), weights)
-    shape = (table.width, table.turned, table.step)
-    how = Lay(kinds, eps, across, (t0, t1), joint, *shape)
-    return lay(x, then, how, weights, (table.cos, table.sin))
+    def _numbers(self, norm: Formula) -> tuple[int, float, bool, Tensor | None, Tensor | None]:
+        return norm.number, norm.eps, norm.across, norm.weight, norm.bias

@@ -94,19 +94,22 @@ def plus(image: Tensor, x: Tensor) -> Tensor:
     if keeps_nothing() and fusable(x) and _crosswise(image, x):
         from .kernels.triton.residual import tokens_plus_grid
 
-        tokens = image.flatten(2).transpose(1, 2)
-        return tokens_plus_grid(tokens, x.flatten(2)).transpose(1, 2).view(x.shape)
+        return tokens_plus_grid(image, x)
     return image + x
 
 
 def _crosswise(image: Tensor, x: Tensor) -> bool:
     """Whether channels lie side by side in one and far apart in the other."""
-    if image.ndim < 3 or image.shape != x.shape or image.dtype is not x.dtype:
-        return False
-    if image.get_device() != x.get_device() or type(x) is not Tensor or type(image) is not Tensor:
-        return False
-    tokens = image.stride(1) == 1 and image.flatten(2).transpose(1, 2).is_contiguous()
-    return tokens and not image.is_contiguous() and x.is_contiguous()
+    return (
+        image.ndim == 4
+        and image.shape == x.shape
+        and image.dtype is x.dtype
+        and image.get_device() == x.get_device()
+        and type(x) is type(image) is Tensor
+        and x.is_contiguous()
+        and image.is_contiguous(memory_format=torch.channels_last)
+        and not image.is_contiguous()
+    )
 
 
 def _takes(x: Tensor) -> bool:

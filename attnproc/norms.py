@@ -93,7 +93,7 @@ class Formula(NamedTuple):
     """A norm as numbers, for kernels that compute it themselves.
 
     Args:
-        kind: "rms" (root mean square), "layer", "l2", or "none".
+        kind: "rms" (root mean square), "layer" or "l2".
         weight: Factor of each channel, or None.
         bias: Summand of each channel, or None.
         eps: What guards the division.
@@ -108,8 +108,8 @@ class Formula(NamedTuple):
 
     @property
     def number(self) -> int:
-        """What kernels call its kind; 0 is no norm."""
-        return ("none", "rms", "layer", "l2").index(self.kind)
+        """What kernels call its kind; no norm is 0."""
+        return ("", "rms", "layer", "l2").index(self.kind)
 
 
 _KINDS = {

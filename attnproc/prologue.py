@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .fused import fused
+from .fused import Fused
 from .norms import Norms
 from .rotary import Rotary
 from .types import QKV, Arranged, Site, Streams
@@ -64,7 +64,7 @@ def laid(
         return image
     # At most a join is left, which torch does as fast for whole tensors.
     whole = text is None or image.k is None or image.k.is_contiguous()
-    both = None if idle and whole else fused(streams, norms, text_first, rotary, tables)
+    both = None if idle and whole else Fused(streams, norms, text_first, rotary, tables).laid()
     if both is None:
         norms.over(streams)
         if rotary is not None and rotary.over == "image":

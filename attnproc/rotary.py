@@ -125,6 +125,17 @@ class Table(NamedTuple):
 
 def table_of(form: Callable[[Tensor, Any], Tensor], table: Any) -> Table | None:
     """A form's table in one layout; None for a form or a shape that is not known."""
+    if form is pairs or form is halves:
+        cos, sin = (part[None] if part.ndim == 2 else part for part in table)
+        turned = cos.shape[-1]
+        width = 2 if form is pairs else turned
+        return Table(cos.unsqueeze(2), sin.unsqueeze(2), width, turned) if cos.ndim == 3 else None
+    if form is per_head:
+        cos, sin = (part[None] if part.ndim == 3 else part for part in table)
+        return Table(cos, sin, 2, 2 * cos.shape[-1], 2) if cos.ndim == 4 else None
+    if form is complex_pairs:
+        cos, sin = _real_imag(table)
+        return Table(cos.unsqueeze(2), sin.unsqueeze(2), 2, 2 * cos.shape[-1], 2)
     if form is axes:
         tables, positions = table
         third = tables[0][0].shape[-1]
@@ -134,17 +145,6 @@ def table_of(form: Callable[[Tensor, Any], Tensor], table: Any) -> Table | None:
         ]
         cos, sin = (part if part.ndim == 3 else part[None] for part in both)
         return Table(cos.unsqueeze(2), sin.unsqueeze(2), third, 3 * third)
-    if form is complex_pairs:
-        cos, sin = _real_imag(table)
-        return Table(cos.unsqueeze(2), sin.unsqueeze(2), 2, 2 * cos.shape[-1], 2)
-    if form is per_head:
-        cos, sin = (part[None] if part.ndim == 3 else part for part in table)
-        return Table(cos, sin, 2, 2 * cos.shape[-1], 2) if cos.ndim == 4 else None
-    if form in (pairs, halves):
-        cos, sin = (part[None] if part.ndim == 2 else part for part in table)
-        turned = cos.shape[-1]
-        width = 2 if form is pairs else turned
-        return Table(cos.unsqueeze(2), sin.unsqueeze(2), width, turned) if cos.ndim == 3 else None
     return None
 
 

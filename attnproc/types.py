@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, 
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from .kernels import Kernel
@@ -97,12 +96,13 @@ class Streams(_Record):
 
     def take(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """A tensor of the image and of the text, out of the streams."""
-        found = []
-        for stream in (self.image, self.text):
-            found.append(None if stream is None else getattr(stream, name))
-            if stream is not None:
-                setattr(stream, name, None)
-        return found[0], found[1]
+        image, text, then = self.image, self.text, None
+        x = getattr(image, name)
+        setattr(image, name, None)
+        if text is not None:
+            then = getattr(text, name)
+            setattr(text, name, None)
+        return x, then
 
     def join(self, text_first: bool) -> QKV:
         """One sequence of both, along the token axis of ``[B, S, H, D]``, using them up."""
@@ -152,13 +152,8 @@ class Site(_Record):
     attn: Any
     """Any module with the attributes that the parts look up: diffusers', ours, or a likeness."""
     call: Call
-
-    @property
-    def compiling(self) -> bool:
-        """Whether `torch.compile` traces this call: it makes its own kernels, and a guard for all
-        that is looked at.
-        """
-        return is_compiling()
+    compiling: bool = False
+    """Whether `torch.compile` traces this: it makes kernels itself, and a guard for each look."""
 
     def linear(self, name: str, x: Tensor, y: Any = None) -> Tensor:
         """The projection `name` of `x` ``[B, S, C]``, or of its packed `y`, with adapters."""

@@ -16,7 +16,7 @@ from attnproc.kernels import use_fused
 from attnproc.kernels.triton import residual
 from attnproc.shapes import to_grid
 
-SHAPES = {"tiles": (2, 128, 8, 8), "odd": (3, 70, 5, 13), "line": (1, 66, 129)}
+SHAPES = {"tiles": (2, 128, 8, 8), "odd": (3, 70, 5, 13), "row": (1, 66, 1, 129)}
 
 
 @pytest.fixture
@@ -47,7 +47,8 @@ def test_the_sum_is_torch_s_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    "change", ["gradients", "off", "dtype", "both grids", "both tokens", "broadcast", "subclass"]
+    "change",
+    ["gradients", "off", "dtype", "grids", "tokens", "broadcast", "subclass", "line"],
 )
 def test_anything_else_goes_the_composed_way(change: str, launches: list[Any]) -> None:
     class Own(Tensor):
@@ -56,12 +57,14 @@ def test_anything_else_goes_the_composed_way(change: str, launches: list[Any]) -
     image, x = drawn(SHAPES["odd"])
     if change == "dtype":
         x = x.half()
-    if change == "both grids":
+    if change == "grids":
         image = image.contiguous()
-    if change == "both tokens":
+    if change == "tokens":
         x = to_grid(x.flatten(2).transpose(1, 2).contiguous(), x)
     if change == "broadcast":
         x = x[:1]
+    if change == "line":
+        image, x = image.flatten(2), x.flatten(2)
     if change == "subclass":
         x = x.as_subclass(Own)
     use_fused(change != "off")

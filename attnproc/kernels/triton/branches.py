@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .launch import Launcher, Plans, Repeated, operator, wrap_triton
 
@@ -146,7 +147,7 @@ def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tens
         ``[B, S, H*D]``, contiguous, in the dtype of `q`.
     """
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if not fits(q, branches):
             return None
         keys, values, weights = zip(*map(_folded, branches), strict=True)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher
+from .launch import Launcher, Plans, Repeated
 
 __all__ = ["fits", "group_norm"]
 
@@ -98,23 +98,35 @@ def group_norm(
     Args:
         x: ``[B, S, C]``, a view of ``[B, C, S]``, as `fits` says.
         groups: How many groups there are, which divide C.
-        weight: Factor of each channel ``[C]``, or None.
-        bias: Summand of each channel ``[C]``, or None.
+        weight: Factor of each channel ``[C]``, or None; in the dtype and on the device of `x`.
+        bias: Summand of each channel ``[C]``, or None; as `weight`.
         eps: Added to the variance.
 
     Returns:
         ``[B, S, C]``, contiguous, in the dtype of `x`.
     """
+    kind = (x.shape, x.stride(), x.dtype, x.device, groups, weight is None, bias is None, eps)
+    try:
+        parts, moments, normed = _LAUNCHES[kind]
+    except KeyError:
+        parts, moments, normed = _LAUNCHES.keep(kind, _new_launches(x, groups, eps))
+    found = x.new_empty(x.shape[0], groups, parts, 2, dtype=torch.float32)
+    o = x.new_empty(x.shape)
+    moments(x, found)
+    normed(x, o, found, weight, bias)
+    return o
+
+
+_LAUNCHES: Plans[tuple[int, Repeated, Repeated]] = Plans()
+
+
+def _new_launches(x: Tensor, groups: int, eps: float) -> tuple[int, Repeated, Repeated]:
+    """Parts of a group, and both passes, for calls of this kind."""
     batch, length, channels = x.shape
     size, stride = channels // groups * length, x.stride(0)
     parts = -(-size // _PART)
-    found = x.new_empty(batch, groups, parts, 2, dtype=torch.float32)
-    o = x.new_empty(batch, length, channels)
-    _moments((parts, batch * groups), (x, found), (size, groups, stride), (_PART,))
     tiles = -(-channels // _TILE) * -(-length // _TILE)
-    _normed(
-        (tiles, batch), (x, o, found, weight, bias),
-        (channels, length, groups, size, stride, eps),
-        (parts, 1 << (parts - 1).bit_length(), _PART, _TILE),
-    )  # fmt: skip
-    return o
+    moments = Repeated(_moments, (parts, batch * groups), (size, groups, stride), (_PART,))
+    numbers = (channels, length, groups, size, stride, eps)
+    fixed = (parts, 1 << (parts - 1).bit_length(), _PART, _TILE)
+    return parts, moments, Repeated(_normed, (tiles, batch), numbers, fixed)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from .launch import Launcher, Run, operator, wrap_triton
 
@@ -417,9 +418,9 @@ def lay(
         ``[B, S + T, H, D]``, contiguous, in the dtype of `x`.
     """
     cos, sin = table or (None, None)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.attnproc.lay(x, then, *weights, cos, sin, *how.plainly())
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         return _Lay.apply(x, then, *weights, cos, sin, how)
     return _launch(x, then, how, weights, (cos, sin))
 

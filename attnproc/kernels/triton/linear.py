@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from .launch import Launcher, Run, operator, wrap_triton
 
@@ -213,9 +214,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     Returns:
         ``[B, H, Q, D]``, a view of a contiguous ``[B, Q, H, D]``.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         o = torch.ops.attnproc.relu_linear(q, k, v, eps)[0]
-    elif torch.is_grad_enabled():
+    elif is_grad_enabled():
         o = _Linear.apply(q, k, v, eps)[0]
     else:
         o = _forward(q, k, v, eps)[0]

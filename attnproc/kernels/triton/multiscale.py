@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ...packing import joined
 from .launch import Launcher, Run, operator, wrap_triton
@@ -121,7 +122,7 @@ def scaled_products(
     Returns:
         ``[B, height * width, (1 + scales) * 3W]``: the products first, then the scales in order.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.attnproc.scaled_products(x, weights, taps, mixes)
     return _scaled(x, weights, taps, mixes)
 
@@ -141,7 +142,7 @@ def normed_grid(
         ``[B, C, height, width]``, channels last in memory.
     """
     weight, bias, eps = norm
-    if torch.compiler.is_compiling():
+    if is_compiling():
         o = torch.ops.attnproc.normed_tokens(y, x, weight, bias, eps)
     else:
         o = _normed(y, x, weight, bias, eps)

@@ -5,6 +5,7 @@ The plain form is a sum of a transposed view and a grid, which torch reads by si
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,14 +39,14 @@ def tokens_plus_grid(y: Tensor, x: Tensor) -> Tensor:
     """The sum, rounded once.
 
     Args:
-        y: ``[B, S, C]``, contiguous.
-        x: ``[B, C, S]``, contiguous, in the dtype of `y`.
+        y: ``[B, C, height, width]``, channels last in memory, as tokens are that became a grid.
+        x: ``[B, C, height, width]``, contiguous, in the dtype of `y`.
 
     Returns:
-        ``[B, S, C]``, contiguous, in the dtype of `y`.
+        ``[B, C, height, width]``, channels last in memory, in the dtype of `y`.
     """
-    batch, length, channels = y.shape
-    o = y.new_empty(y.shape)
+    batch, channels, height, width = y.shape
+    o, length = torch.empty_like(y), height * width
     tiles = -(-channels // _TILE) * -(-length // _TILE)
     if o.numel():
         _sum((tiles, batch), (y, x, o), (channels, length), (_TILE,))
