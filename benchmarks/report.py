@@ -354,12 +354,21 @@ def over_launched(rows: Data, side: str) -> str:
 
 
 def slower(rows: Data, mode: str) -> str:
-    """The rows that ours loses."""
+    """The rows that ours loses by the medians, and how it is by the fastest batch of each side."""
     found = pairs(rows, f"{mode}_ms")
     if not found:
         return "not measured"
-    lost = [f"{n} ({d / o:.2f})" for n, (o, d) in found.items() if o > SPREAD * d]
+    least = pairs(rows, f"{mode}_min_ms")
+    lost = [
+        f"{name} ({theirs / ours:.2f}, by the fastest batch {_by_one(least.get(name))})"
+        for name, (ours, theirs) in found.items()
+        if ours > SPREAD * theirs
+    ]
     return ", ".join(lost) or "none"
+
+
+def _by_one(pair: tuple[float, float] | None) -> str:
+    return f"{pair[1] / pair[0]:.2f}" if pair else "–"
 
 
 def change(row: Data, key: str) -> str:
