@@ -1,8 +1,8 @@
 """One pass from projections to the kernel's input: norm, rotary embedding, and joining streams.
 
 The plain form is what `attnproc.prologue` composes of `attnproc.norms`, `attnproc.rotary` and
-`attnproc.shapes.join`. Here each of queries, keys and values is read once and written once, with
-float32 in between and one rounding at the end.
+`attnproc.types.Streams.join`. Here each of queries, keys and values is read once and written once,
+with float32 in between and one rounding at the end.
 """
 
 from __future__ import annotations
