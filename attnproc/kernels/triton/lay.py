@@ -419,7 +419,7 @@ def lay(
     """
     cos, sin = table or (None, None)
     if is_compiling():
-        return torch.ops.attnproc.lay(x, then, *weights, cos, sin, *how.plainly())
+        return _TRACED(x, then, *weights, cos, sin, *how.plainly())
     if is_grad_enabled():
         return _Lay.apply(x, then, *weights, cos, sin, how)
     return _launch(x, then, how, weights, (cos, sin))
@@ -507,6 +507,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _operator.register_autograd(_differentiate, setup_context=_keep)
+# By itself, as compiled code checks each name on the way to it.
+_TRACED = torch.ops.attnproc.lay.default
 
 
 def _settings(x: Tensor, cos: Tensor | None, how: Lay) -> tuple[Any, ...]:
