@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,32 @@ def test_diffusers_sets_the_scale_of_swapped_image_prompts_and_takes_them_off() 
 
     Pipeline().unload_ip_adapter()
     assert torch.equal(outputs(model, inputs), plain)
+
+
+def test_diffusers_saves_custom_diffusion_of_swapped_processors(tmp_path: Path) -> None:
+    def saved(folder: str, swapped: bool) -> dict[str, torch.Tensor]:
+        model, _ = unet()
+        torch.manual_seed(1)
+        for path, attn in processors(model):
+            cross = path.endswith("attn2")
+            attn.set_processor(
+                theirs.CustomDiffusionAttnProcessor2_0(
+                    train_kv=cross,
+                    train_q_out=False,
+                    hidden_size=attn.to_q.in_features,
+                    cross_attention_dim=attn.to_k.in_features if cross else None,
+                )
+            )
+        if swapped:
+            attnproc.swap(model)
+        model.save_attn_procs(tmp_path / folder, safe_serialization=False)
+        file = tmp_path / folder / "pytorch_custom_diffusion_weights.bin"
+        return torch.load(file, weights_only=True)
+
+    right, found = saved("theirs", False), saved("ours", True)
+    assert len(right) > 1
+    assert found.keys() == right.keys()
+    assert all(torch.equal(found[key], right[key]) for key in right)
 
 
 def test_swapped_processors_with_weights_are_of_both_classes_in_copies_too() -> None:
