@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from .kernels import choose
 from .parallel import beside, own_call, spread_out
 from .prologue import arrange
+from .shapes import merge_heads
 from .types import Arranged, Call, Recipe, Scoring, Site
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     span = scoring.image
     if home is not None:
         o, span = home(o, span)
-    o = o.transpose(1, 2).flatten(2)  # [B, Q, H*D]
+    o = merge_heads(o)
     image, text, *rest = recipe.output(at, o, span, extra)
     del o
     for leave in recipe.leaving:

@@ -56,7 +56,7 @@ class Residual(Step):
     @staticmethod
     def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
         if getattr(at.attn, "residual_connection", False):
-            image = image + at.call.x if at.compiling else plus(image, at.call.x)
+            image = _plus_input(at, image)
         factor = getattr(at.attn, "rescale_output_factor", 1.0)
         return image if factor == 1.0 else image / factor, text
 
@@ -67,7 +67,7 @@ class AlwaysResidual(Step):
 
     @staticmethod
     def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
-        return image + at.call.x if at.compiling else plus(image, at.call.x), text
+        return _plus_input(at, image), text
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ class ClipHalf(Step):
         if at.call.x.dtype == torch.float16:
             image = image.clip(-65504, 65504)
         return image, text
+
+
+def _plus_input(at: Site, image: Tensor) -> Tensor:
+    # The compiler makes one kernel of the sum and what is around it.
+    return image + at.call.x if at.compiling else plus(image, at.call.x)
 
 
 def _over_channels(at: Site, norm: Any, x: Tensor) -> Tensor:

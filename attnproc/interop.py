@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import presets
-from .processor import Processor
+from .processor import Processor, grown
 
 __all__ = ["SwapReport", "processors", "restore", "swap"]
 
@@ -105,38 +104,14 @@ def adopt(kind: type[Processor], old: Any) -> Processor:
     if isinstance(old, nn.Module) and isinstance(new, nn.Module):
         new.__dict__["_modules"] = dict(old.named_children())
         new.train(old.training)
-        object.__setattr__(new, "__class__", _alike(kind, type(old)))
+        # Of both classes: diffusers asks for its own to set scales, take prompts off and save.
+        object.__setattr__(new, "__class__", grown(kind, type(old)))
     for name in ("scale", "_attention_backend", "_parallel_config"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     # In a tuple, so that its weights are not registered twice.
     new.__dict__["swapped"] = (old,)
     return new
-
-
-class _Alike:
-    """What a class has that is made of one of ours and its namesake.
-
-    Of processors with weights a model's owner asks for the class: to set the scale of image
-    prompts, to take them off, to save an adapter. They are instances of both.
-    """
-
-    made_of: tuple[type[Processor], type[nn.Module]]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, self.made_of, self.__dict__
-
-
-@cache
-def _alike(kind: type[Processor], other: type[nn.Module]) -> type[Processor]:
-    names = ("__module__", "__qualname__", "__doc__")
-    own = {name: getattr(kind, name) for name in names} | {"made_of": (kind, other)}
-    return cast("type[Processor]", type(kind.__name__, (_Alike, kind, other), own))
-
-
-def _empty(kind: type[Processor], other: type[nn.Module]) -> Processor:
-    alike = _alike(kind, other)
-    return alike.__new__(alike)
 
 
 def put(attn: Any, processor: Any) -> None:

@@ -104,7 +104,7 @@ def _three(at: Site, x: Tensor, context: Tensor, names: tuple[str, ...] = SELF) 
             return QKV(q, k, at.linear(names[2], x))
         context = _shown(at, x)
     if x is context:
-        return QKV(*at.products(names, x))
+        return _all(at, x, names)
     return QKV(at.linear(names[0], x), *at.products(names[1:], context))
 
 

@@ -17,7 +17,7 @@ from .schedules import Weight
 from .types import Call, Recipe
 from .verbs import Verbs
 
-__all__ = ["Context", "Holder", "KernelSetting", "Processor", "Setting", "holder"]
+__all__ = ["Context", "Holder", "KernelSetting", "Processor", "Setting", "grown", "holder"]
 
 Context = Tensor | tuple[Tensor, Any] | None
 """A text, or a text with the states of image prompts."""
@@ -130,27 +130,30 @@ class Holder(Processor, nn.Module):
 
 
 class _Grown:
-    """What a class has that is made when a processor is given weights."""
+    """What a class has that is made of a kind of processors and a kind of modules."""
 
-    grown_from: type[Processor]
+    grown_from: tuple[type[Processor], type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (self.grown_from,), self.__dict__
+        return _empty, self.grown_from, self.__dict__
+
+
+def holder(kind: type[Processor]) -> type[Processor]:
+    """The class of processors of a kind that hold weights; the kind itself where all do."""
+    return kind if issubclass(kind, nn.Module) else grown(kind, nn.Module)
 
 
 @cache
-def holder(kind: type[Processor]) -> type[Processor]:
-    """The class of processors of a kind that hold weights; the kind itself where all do."""
-    if issubclass(kind, nn.Module):
-        return kind
+def grown(kind: type[Processor], module: type[nn.Module]) -> type[Processor]:
+    """The class of processors of a kind that are modules of another kind too."""
     names = ("__module__", "__qualname__", "__doc__")
-    own = {name: getattr(kind, name) for name in names} | {"grown_from": kind}
-    return cast("type[Processor]", type(kind.__name__, (_Grown, kind, nn.Module), own))
+    own = {name: getattr(kind, name) for name in names} | {"grown_from": (kind, module)}
+    return cast("type[Processor]", type(kind.__name__, (_Grown, kind, module), own))
 
 
-def _empty(kind: type[Processor]) -> Processor:
-    grown = holder(kind)
-    return grown.__new__(grown)
+def _empty(kind: type[Processor], module: type[nn.Module]) -> Processor:
+    made = grown(kind, module)
+    return made.__new__(made)
 
 
 class Setting:

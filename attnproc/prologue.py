@@ -59,8 +59,8 @@ def laid(
     """
     image, text = streams.image, streams.text
     idle = norms.none and tables[0] is None and tables[1] is None
-    alike = image.v is None or image.q.dtype == image.k.dtype == image.v.dtype
-    if idle and text is None and alike:
+    alone = idle and text is None
+    if alone and (image.v is None or image.q.dtype == image.k.dtype == image.v.dtype):
         return image
     # At most a join is left, which torch does as fast for whole tensors.
     whole = text is None or image.k is None or image.k.is_contiguous()

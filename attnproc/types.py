@@ -198,14 +198,14 @@ class Arranged(_Record):
     def image(self, text_first: bool) -> tuple[int, int] | None:
         """Where the image stands among the queries: start and stop; None without a text."""
         total = self.q.shape[2]
-        if total == self.length:
-            return None
-        return (total - self.length, total) if text_first else (0, self.length)
+        return self._beside(total - self.length, total, text_first)
 
     def image_keys(self, text_first: bool) -> tuple[int, int] | None:
         """Where the image stands among the keys; None without a text."""
-        total, text = self.k.shape[2], self.text_keys
-        if not text:
+        return self._beside(self.text_keys, self.k.shape[2], text_first)
+
+    def _beside(self, text: int, total: int, text_first: bool) -> tuple[int, int] | None:
+        if text <= 0:
             return None
         return (text, total) if text_first else (0, total - text)
 
@@ -283,8 +283,8 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Positional:
     """Base of functions of positions with settings that are made within compiled code.
 
-    Frozen dataclasses with ``eq=False``. Before torch 2.12 the compiler hashes what it calls, at a
-    time when that has no fields yet: a dataclass's own hash would fail.
+    Frozen dataclasses with ``eq=False``. The compiler of torch 2.11 hashes what it calls when that
+    has no fields yet: a dataclass's own hash would fail.
     """
 
     def __eq__(self, other: object) -> bool:

@@ -99,8 +99,9 @@ def compiled(both: Both, options: Options) -> Found:
 def replayed(both: Both, options: Options) -> Found:
     if options.device != "cuda":
         return {}
-    _, times, failures = _compiled(both, options, "replayed", "reduce-overhead")
-    return times | failures
+    facts, times, failures = _compiled(both, options, "replayed", "reduce-overhead")
+    right = "replayed_difference"
+    return {side: times[side] | {right: facts[side][right]} for side in facts} | failures
 
 
 def _compiled(

@@ -80,7 +80,7 @@ def traced(
             if node.target is wrap.triton_kernel_wrapper_functional:
                 kernel = wrap.kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
                 # With options of its launch a kernel comes as one that is tuned, to these alone.
-                kernel = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
+                kernel = kernel.fn if hasattr(kernel, "configs") else kernel
                 found[kernel.__name__] = set(node.kwargs["tensors_to_clone"])
         outs: Any = graph.graph.output_node().args[0]
         return make_boxed_func(lambda *args: [_stand_in(out) for out in outs])
