@@ -48,7 +48,7 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     arranged = arrange(at, streams)
     del streams
 
-    kernel = choose(recipe.kernel, proc)
+    kernel = choose(recipe.kernel, proc, at.compiling)
     extra = None
     for prompt in recipe.prompts:
         more = prompt(at, arranged, beside(at, kernel))
@@ -84,12 +84,12 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
 
 def score(at: Site, arranged: Arranged) -> Scoring:
     """The scoring of this call: settings of the module, then the mask."""
-    attn, text_first = at.attn, at.recipe.text_first
+    text_first = at.recipe.text_first
     plain = Scoring(
-        causal=getattr(attn, "is_causal", False),
+        causal=at.setting("is_causal", False),
         scale=at.recipe.scale(at),
-        upcast_qk=getattr(attn, "upcast_attention", False),
-        upcast_softmax=getattr(attn, "upcast_softmax", False),
+        upcast_qk=at.setting("upcast_attention", False),
+        upcast_softmax=at.setting("upcast_softmax", False),
         image=arranged.image(text_first),
         image_keys=arranged.image_keys(text_first),
     )

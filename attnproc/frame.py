@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .fused_grid import plus
-from .kernels.fusing import alike, fusable, keeps_nothing
+from .kernels import triton
+from .kernels.fusing import alike, fusable, is_autocast, keeps_nothing
 from .linears import is_watched
 from .shapes import from_grid, to_grid
 from .types import Site
@@ -55,9 +56,9 @@ class Residual(Step):
 
     @staticmethod
     def leave(at: Site, image: Tensor, text: Tensor | None) -> Pair:
-        if getattr(at.attn, "residual_connection", False):
+        if at.setting("residual_connection", False):
             image = _plus_input(at, image)
-        factor = getattr(at.attn, "rescale_output_factor", 1.0)
+        factor = at.setting("rescale_output_factor", 1.0)
         return image if factor == 1.0 else image / factor, text
 
 
@@ -76,7 +77,7 @@ class SpatialNorm(Step):
 
     @staticmethod
     def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
-        norm = getattr(at.attn, "spatial_norm", None)
+        norm = at.held("spatial_norm")
         return x if norm is None else norm(x, at.call.temb), context
 
 
@@ -126,7 +127,7 @@ class GroupNorm(Step):
 
     @staticmethod
     def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
-        norm = getattr(at.attn, "group_norm", None)
+        norm = at.held("group_norm")
         return x if norm is None else _over_channels(at, norm, x), context
 
 
@@ -136,7 +137,7 @@ class ContextNorm(Step):
 
     @staticmethod
     def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
-        norm = getattr(at.attn, "norm_cross", None)
+        norm = at.held("norm_cross")
         if norm is None or context is None:
             return x, context
         if isinstance(norm, nn.GroupNorm):
@@ -171,13 +172,12 @@ def _plus_input(at: Site, image: Tensor) -> Tensor:
 
 def _over_channels(at: Site, norm: Any, x: Tensor) -> Tensor:
     """Tokens ``[B, S, C]`` normed, for which the norm sees ``[B, C, S]``."""
-    if not at.compiling and keeps_nothing() and fusable(x) and _is_plain(norm, x):
-        from .kernels.triton.groupnorm import fits, group_norm
-
-        if fits(x, norm.num_groups):
-            own = norm._parameters
-            return group_norm(x, norm.num_groups, own["weight"], own["bias"], norm.eps)
-    return norm(x.transpose(1, 2)).transpose(1, 2)
+    if at.compiling or not (keeps_nothing() and fusable(x) and _is_plain(norm, x)):
+        return norm(x.transpose(1, 2)).transpose(1, 2)
+    home, own = triton.groupnorm, norm._parameters
+    if not home.fits(x, norm.num_groups):
+        return norm(x.transpose(1, 2)).transpose(1, 2)
+    return home.group_norm(x, norm.num_groups, own["weight"], own["bias"], norm.eps)
 
 
 def _is_plain(norm: Any, x: Tensor) -> bool:
@@ -190,7 +190,7 @@ def _is_plain(norm: Any, x: Tensor) -> bool:
         return False
     weight, bias = own["weight"], own["bias"]
     same = (weight is None or alike(weight, x)) and (bias is None or alike(bias, x))
-    return same and not torch.is_autocast_enabled(x.device.type)
+    return same and not is_autocast(x)
 
 
 UNET = (Residual(), SpatialNorm(), Grid(), GroupNorm(), ContextNorm())

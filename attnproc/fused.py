@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels import triton
 from .kernels.fusing import fusable, keeps_nothing
 from .norms import Formula, Norms, formula
 from .rotary import Rotary, Table, table_of
@@ -55,11 +56,13 @@ class Fused:
 
     def _takes(self, image: QKV, text: QKV | None) -> bool:
         """Whether the tensors are of one kind."""
-        first = image.q
-        found = [image.k, image.v] + ([] if text is None else [text.q, text.k, text.v])
-        return all(
-            t is None or (t.dtype == first.dtype and t.is_cuda == first.is_cuda) for t in found
-        )
+        first, others = image.q, [image.k, image.v]
+        if text is not None:
+            others += [text.q, text.k, text.v]
+        for x in others:
+            if x is not None and not (x.dtype == first.dtype and x.is_cuda == first.is_cuda):
+                return False
+        return True
 
     def _formulas(
         self, norms: tuple[Any, Any], stream: QKV | None
@@ -134,15 +137,14 @@ class Fused:
             # torch's own join is as fast for whole tensors, and gives gradients as views.
             if not keeps_nothing() or x.is_contiguous():
                 return torch.cat((x, then), dim=1)
-        from .kernels.triton.lay import Lay, lay
-
+        home = triton.lay
         none = 0, 0.0, False, None, None
         n0, e0, a0, w0, b0 = none if one is None else self._numbers(one)
         n1, e1, a1, w1, b1 = none if other is None else self._numbers(other)
         shape = (2, 0, 1) if table is None else (table.width, table.turned, table.step)
-        how = Lay((n0, n1), (e0, e1), a0 or a1, turns, joint and table is not None, *shape)
+        how = home.Lay((n0, n1), (e0, e1), a0 or a1, turns, joint and table is not None, *shape)
         angles = None if table is None else (table.cos, table.sin)
-        return lay(x, then, how, (w0, b0, w1, b1), angles)
+        return home.lay(x, then, how, (w0, b0, w1, b1), angles)
 
     def _numbers(self, norm: Formula) -> tuple[int, float, bool, Tensor | None, Tensor | None]:
         return norm.number, norm.eps, norm.across, norm.weight, norm.bias

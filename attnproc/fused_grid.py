@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels.fusing import alike, fusable, keeps_nothing
+from .kernels import triton
+from .kernels.fusing import alike, fusable, is_autocast, keeps_nothing
 from .linears import is_watched, module_linear
 from .norms import formula
 from .types import Site
@@ -45,9 +46,9 @@ def scaled(at: Site, names: tuple[str, ...], x: Tensor) -> Tensor | None:
     """
     if x.ndim != 4 or not _takes(x) or at.recipe.linears != (module_linear,):
         return None
-    weights: list[Any] = [_weight(getattr(at.attn, name), nn.Linear, x) for name in names]
+    weights: list[Any] = [_weight(at.held(name), nn.Linear, x) for name in names]
     convolutions: list[Any] = []
-    for block in at.attn.to_qkv_multiscale:
+    for block in at.held("to_qkv_multiscale"):
         convolutions += _convolutions(block, x)
     found = [*weights, *convolutions]
     if any(weight is None for weight in found) or _needs_gradient([x, *found]):
@@ -55,9 +56,7 @@ def scaled(at: Site, names: tuple[str, ...], x: Tensor) -> Tensor | None:
     channels = sum(weight.shape[0] for weight in weights)
     if any(weight.shape[0] != channels for weight in convolutions):
         return None
-    from .kernels.triton.multiscale import scaled_products
-
-    return scaled_products(x, weights, convolutions[::2], convolutions[1::2])
+    return triton.multiscale.scaled_products(x, weights, convolutions[::2], convolutions[1::2])
 
 
 def mixed(block: Any, x: Tensor) -> Tensor:
@@ -74,27 +73,24 @@ def normed(at: Site, y: Tensor, x: Tensor | None) -> Tensor | None:
     """Tokens ``[B, S, C]`` normed by the module, plus `x`, as a grid; None where no kernel can."""
     if not _takes(y):
         return None
-    known = formula(at.attn.norm_out, 1, y.shape[2], y.dtype)
+    known = formula(at.held("norm_out"), 1, y.shape[2], y.dtype)
     if known is None or known.kind != "rms":
         return None
     others = [t for t in (x, known.weight, known.bias) if t is not None]
     where = y.get_device()
-    if any(t.dtype is not y.dtype or t.get_device() != where for t in others):
-        return None
+    for t in others:
+        if t.dtype is not y.dtype or t.get_device() != where:
+            return None
     fits = x is None or x.shape[:2] == (y.shape[0], y.shape[2])
     if not fits or _needs_gradient([y, *others]):
         return None
-    from .kernels.triton.multiscale import normed_grid
-
-    return normed_grid(y, x, at.call.x, (known.weight, known.bias, known.eps))
+    return triton.multiscale.normed_grid(y, x, at.call.x, (known.weight, known.bias, known.eps))
 
 
 def plus(image: Tensor, x: Tensor) -> Tensor:
     """``image + x``, where the image may be tokens that are seen as a grid."""
     if keeps_nothing() and fusable(x) and _crosswise(image, x):
-        from .kernels.triton.residual import tokens_plus_grid
-
-        return tokens_plus_grid(image, x)
+        return triton.residual.tokens_plus_grid(image, x)
     return image + x
 
 
@@ -113,7 +109,7 @@ def _crosswise(image: Tensor, x: Tensor) -> bool:
 
 
 def _takes(x: Tensor) -> bool:
-    return fusable(x) and not torch.is_autocast_enabled(x.device.type)
+    return fusable(x) and not is_autocast(x)
 
 
 def _needs_gradient(tensors: Sequence[Tensor]) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, is_grad_enabled
 
+from .kernels import triton
 from .kernels.base import Kernel
 from .kernels.fusing import fusable
 from .kernels.plan import automatic
@@ -28,8 +29,6 @@ def attended(
     if is_grad_enabled() or not fusable(q) or isinstance(scoring.scale, Tensor):
         return None
     # By its function, since compiled code would check all that a kernel is.
-    if not isinstance(kernel, Kernel) or kernel.run is not automatic or is_tuned(q.device.type):
+    if not isinstance(kernel, Kernel) or kernel.run is not automatic or is_tuned(q):
         return None
-    from .kernels.triton import branches as home
-
-    return home.attended(q, branches, scoring.scale)
+    return triton.branches.attended(q, branches, scoring.scale)

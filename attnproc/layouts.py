@@ -149,8 +149,7 @@ def _both(layout: ProjectPart, at: Site, x: Tensor, context: Tensor | None) -> S
 
 
 def _is_packed(at: Site, layer: str) -> bool:
-    fused = getattr(at.attn, "fused_projections", False)
-    return fused and getattr(at.attn, layer, None) is not None
+    return at.setting("fused_projections", False) and at.held(layer) is not None
 
 
 def _text(at: Site, context: Tensor) -> QKV:
@@ -161,6 +160,6 @@ def _text(at: Site, context: Tensor) -> QKV:
 
 def _split(at: Site, layer: str, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
     """The parts of one product, each with the adapters of its name."""
-    widths = [getattr(at.attn, name).out_features for name in names]
-    parts = called(getattr(at.attn, layer), x).split(widths, dim=-1)
+    widths = [at.held(name).out_features for name in names]
+    parts = called(at.held(layer), x, at.compiling).split(widths, dim=-1)
     return [at.linear(name, x, part) for name, part in zip(names, parts, strict=True)]

@@ -64,19 +64,17 @@ def module_linear(at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor:
         layer = getattr(at.attn, name)
     if layer.__class__ is ModuleList:
         layer = layer._modules["0"]
-    return layer(x) if at.compiling else _directly(layer, x)
+    return called(layer, x, at.compiling)
 
 
-def called(layer: Any, x: Tensor) -> Tensor:
+def called(layer: Any, x: Tensor, compiling: bool) -> Tensor:
     """``layer(x)``, for a plain linear layer without the cost of `Module.__call__`.
 
     That would be as much as a launch; hooks are honoured. Compiled code has no such cost, but a
     guard for whatever is looked at.
     """
-    return layer(x) if is_compiling() else _directly(layer, x)
-
-
-def _directly(layer: Any, x: Tensor) -> Tensor:
+    if compiling:
+        return layer(x)
     if layer.__class__ is not nn.Linear or is_watched(layer):
         return layer(x)
     own = layer._parameters
@@ -134,9 +132,8 @@ def is_watched(layer: Any) -> bool:
     )
 
 
-def dropout(at: Site, x: Tensor) -> Tensor:
-    """The dropout that comes with the output projection in use."""
-    layers = at.held("to_out")
+def dropout(at: Site, layers: Any, x: Tensor) -> Tensor:
+    """The dropout that comes with the output projection in use, `layers` or an adapter's."""
     if at.recipe.linears[0] is not module_linear:
         layers = getattr(at.proc, "to_out_custom_diffusion", layers)
     drop: Any = layers._modules.get("1")
@@ -178,7 +175,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes in the dtype of the weights and returns that of `x` ``[..., in_features]``."""
-        y = called(self.up, called(self.down, x.to(self.down.weight.dtype))).to(x.dtype)
+        compiling = is_compiling()
+        low = called(self.down, x.to(self.down.weight.dtype), compiling)
+        y = called(self.up, low, compiling).to(x.dtype)
         return y if self.network_alpha is None else y * (self.network_alpha / self.rank)
 
 
@@ -246,8 +245,9 @@ class CustomDiffusion:
         if layer is None:
             return y
         if isinstance(layer, ModuleList):
-            return called(layer[0], x)
-        return called(layer, x.to(layer.weight.dtype)).to(at.attn.to_q.weight.dtype)
+            return called(layer[0], x, at.compiling)
+        y = called(layer, x.to(layer.weight.dtype), at.compiling)
+        return y.to(at.attn.to_q.weight.dtype)
 
 
 def mount_custom_diffusion(

@@ -37,7 +37,7 @@ def refuse_zero_one(mask: Tensor) -> None:
     """
     if mask.dtype == torch.bool or torch.compiler.is_compiling():
         return
-    if mask.requires_grad or not (_EVERYWHERE or mask.device.type == "cpu"):
+    if mask.requires_grad or not (_EVERYWHERE or mask.is_cpu):
         return
     version = _version(mask)
     if _GOOD.get(mask) == version:

@@ -83,6 +83,5 @@ def _parted(o: Tensor, span: Span, extra: Tensor | None) -> Pair:
 
 
 def _projected(at: Site, x: Tensor) -> Tensor:
-    if at.held("to_out") is None:
-        return x
-    return dropout(at, at.linear("to_out", x))
+    layers = at.held("to_out")
+    return x if layers is None else dropout(at, layers, at.linear("to_out", x))

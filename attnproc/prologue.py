@@ -19,10 +19,8 @@ __all__ = ["arrange", "laid"]
 def arrange(at: Site, streams: Streams) -> Arranged:
     """Makes the kernel's inputs ``[B, H, S, D]`` of the streams ``[B, S, H*D]``, using them up."""
     recipe, image, text = at.recipe, streams.image, streams.text
-    q = image.q
-    dim = q.shape[3] if q.ndim == 4 else q.shape[2] // at.attn.heads
-    length, text_keys = q.shape[1], 0
-    del q
+    shape, text_keys = image.q.shape, 0
+    dim = shape[3] if len(shape) == 4 else shape[2] // at.attn.heads
     image.split(dim)
     if text is not None:
         text.split(dim)
@@ -37,7 +35,7 @@ def arrange(at: Site, streams: Streams) -> Arranged:
         both = laid(streams, norms, recipe.text_first, rotary, rotary.tables(at))
     return Arranged(
         both.q.transpose(1, 2), both.k.transpose(1, 2), both.v.transpose(1, 2),
-        length, text_keys, raw,
+        shape[1], text_keys, raw,
     )  # fmt: skip
 
 

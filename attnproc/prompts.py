@@ -77,11 +77,12 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
     if norm_q is not None:
         q = laid(Streams(QKV(q, None, None)), Norms((norm_q, None))).q
     q = q.transpose(1, 2)  # [B, H, S, D]
+    keys, values = proc.to_k_ip._modules, proc.to_v_ip._modules
     branches: list[Branch] = []
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
         if not is_off(scale):
-            layers = proc.to_k_ip._modules[str(i)], proc.to_v_ip._modules[str(i)]
-            branches += _branches(layers, state, scale, mask, q)
+            layers = keys[str(i)], values[str(i)]
+            branches += _branches(at, layers, state, scale, mask, q)
 
     scoring = Scoring(scale=at.recipe.scale(at))
     total = attended(branches, q, kernel, scoring)
@@ -101,6 +102,7 @@ class Branch(NamedTuple):
 
 
 def _branches(
+    at: Site,
     layers: tuple[nn.Module, nn.Module],
     state: Tensor,
     scale: Scale,
@@ -109,17 +111,18 @@ def _branches(
 ) -> list[Branch]:
     """One branch for a prompt; with a mask one for each of its images."""
     if mask is None:
-        k, v = (_keys(layer, state.flatten(1, -2), q) for layer in layers)
+        tokens = state.flatten(1, -2)
+        k, v = _keys(at, layers[0], tokens, q), _keys(at, layers[1], tokens, q)
         return [Branch(k, v, amount(scale))]
-    k, v = (_keys(layer, state, q).unbind(1) for layer in layers)
+    k, v = (_keys(at, layer, state, q).unbind(1) for layer in layers)
     scales = scale if isinstance(scale, list | tuple) else [scale] * len(k)
     weights = (amount(s) * r for s, r in zip(scales, _regions(mask, q), strict=True))
     return [Branch(*branch) for branch in zip(k, v, weights, strict=True)]
 
 
-def _keys(layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
+def _keys(at: Site, layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
     """``[..., tokens, H*D]`` of states ``[..., tokens, C]``, in the dtype of the queries."""
-    found = called(layer, tokens)
+    found = called(layer, tokens, at.compiling)
     return found if found.dtype == q.dtype else found.to(q.dtype)
 
 
@@ -283,7 +286,8 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
 
     normed = proc.norm_ip(states, temb=at.call.temb)
     raw = cast("QKV", arranged.raw)
-    k, v = called(proc.to_k_ip, normed), called(proc.to_v_ip, normed)
+    k = called(proc.to_k_ip, normed, at.compiling)
+    v = called(proc.to_v_ip, normed, at.compiling)
     prompt = QKV(None, k.to(raw.k.dtype), v.to(raw.v.dtype))
     prompt.split(raw.k.shape[3])
     norms = Norms((proc.norm_q, proc.norm_k), (None, proc.norm_ip_k))

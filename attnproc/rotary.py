@@ -46,7 +46,7 @@ class Rotary:
 
     def tables(self, at: Site) -> tuple[Any, Any]:
         """The call's tables for queries and for keys; None for what is not rotated."""
-        cross = getattr(at.attn, "is_cross_attention", False)
+        cross = at.setting("is_cross_attention", False)
         rope = at.call.rope
         key_rope = at.call.key_rope if self.keys == "own" else rope
         return (

@@ -13,7 +13,7 @@ __all__ = ["module_scale", "proportional"]
 
 def module_scale(at: Site) -> float | Tensor | None:
     """The module's `scale`; None, so ``D ** -0.5``, where it has none."""
-    return getattr(at.attn, "scale", None)
+    return at.setting("scale", None)
 
 
 def proportional(at: Site) -> float | Tensor | None:

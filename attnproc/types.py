@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .kernels import Kernel
@@ -62,11 +62,14 @@ class QKV:
         """
         q, k, v = self.q, self.k, self.v
         if q is not None and q.ndim == 3:
-            self.q = q.view(q.shape[0], q.shape[1], -1, dim)
+            batch, tokens, _ = q.shape
+            self.q = q.view(batch, tokens, -1, dim)
         if k is not None and k.ndim == 3:
-            self.k = k.view(k.shape[0], k.shape[1], -1, dim)
+            batch, tokens, _ = k.shape
+            self.k = k.view(batch, tokens, -1, dim)
         if v is not None and v.ndim == 3:
-            self.v = v.view(v.shape[0], v.shape[1], -1, dim)
+            batch, tokens, _ = v.shape
+            self.v = v.view(batch, tokens, -1, dim)
 
 
 class _Record:
@@ -119,7 +122,7 @@ class Streams(_Record):
         if image is None or text is None:
             return text if image is None else image
         first, last = (text, image) if text_first else (image, text)
-        if first.device.type != "cpu":
+        if not first.is_cpu:
             return torch.cat((first, last), dim=1)
         # The kernel of a CPU is faster where the tokens of a head lie side by side.
         return torch.cat((first.transpose(1, 2), last.transpose(1, 2)), dim=2).transpose(1, 2)
@@ -176,7 +179,27 @@ class Site(_Record):
         """A layer of the attention module; None where it has none."""
         # Straight from the registry: asking the module costs a failed look-up first.
         layer = self.attn.__dict__.get("_modules", _NO_MODULES).get(name)
-        return getattr(self.attn, name, None) if layer is None else layer
+        return self.setting(name, None) if layer is None else layer
+
+    def setting(self, name: str, default: Any) -> Any:
+        """What the attention module says of itself, or the default where it says nothing."""
+        attn = self.attn
+        if self.compiling:
+            return getattr(attn, name, default)
+        own = attn.__dict__
+        if name in own:
+            return own[name]
+        return default if _lacks(attn, name) else getattr(attn, name, default)
+
+
+def _lacks(attn: Any, name: str) -> bool:
+    """Whether a module has no such attribute, which it takes as long as launches to say itself."""
+    kind = type(attn)
+    if not isinstance(attn, nn.Module) or kind.__getattr__ is not nn.Module.__getattr__:
+        return False
+    if any(name in vars(attn)[kept] for kept in ("_parameters", "_buffers", "_modules")):
+        return False
+    return not hasattr(kind, name)
 
 
 @dataclass(slots=True)
@@ -198,15 +221,17 @@ class Arranged(_Record):
     def image(self, text_first: bool) -> tuple[int, int] | None:
         """Where the image stands among the queries: start and stop; None without a text."""
         total = self.q.shape[2]
-        return self._beside(total - self.length, total, text_first)
+        text = total - self.length
+        if text <= 0:
+            return None
+        return (text, total) if text_first else (0, self.length)
 
     def image_keys(self, text_first: bool) -> tuple[int, int] | None:
         """Where the image stands among the keys; None without a text."""
-        return self._beside(self.text_keys, self.k.shape[2], text_first)
-
-    def _beside(self, text: int, total: int, text_first: bool) -> tuple[int, int] | None:
+        text = self.text_keys
         if text <= 0:
             return None
+        total = self.k.shape[2]
         return (text, total) if text_first else (0, total - text)
 
 

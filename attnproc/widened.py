@@ -25,7 +25,7 @@ _LEAST, _MOST = 32, 256
 
 def is_slow(x: Tensor, weight: Any) -> bool:
     """Whether a product of `x` ``[..., C]`` takes less time in float32, keeping nothing."""
-    if x.dtype not in HALF or x.device.type != "cpu" or x.numel() < _FEWEST * x.shape[-1]:
+    if x.dtype not in HALF or not x.is_cpu or x.numel() < _FEWEST * x.shape[-1]:
         return False
     plain = alike(weight, x) and x.__class__ is Tensor and keeps_nothing()
     return plain and _lacks(x.dtype) and not (is_transformed() or torch.is_autocast_enabled("cpu"))

@@ -121,7 +121,7 @@ def test_threads_have_blocks_of_their_own() -> None:
                 meet.wait(timeout=20)
                 q = torch.ones(1, 1, 2, 4)
                 got = attention(q, q, q, backend=None)
-                seen.add(attnproc.kernels.scope.scope().name)
+                seen.add(attnproc.kernels.scope.scope(compiling=False).name)
                 assert got.shape == q.shape
             m["layer0"](torch.ones(1, 3, 8))
             return seen

@@ -25,13 +25,15 @@ def test_products_are_those_of_the_layer(
     monkeypatch.setattr(linears, "_goes_by_rows", goes_by_rows)
     layer, x = nn.Linear(8, 5, bias), apart()
     with torch.no_grad():
-        torch.testing.assert_close(linears.called(layer, x), layer(x))
+        torch.testing.assert_close(linears.called(layer, x, False), layer(x))
 
 
 def test_gradients_are_those_of_the_layer() -> None:
     layer = nn.Linear(8, 5)
     x = apart().requires_grad_()
-    found = torch.autograd.grad(linears.called(layer, x).square().sum(), (x, *layer.parameters()))
+    found = torch.autograd.grad(
+        linears.called(layer, x, False).square().sum(), (x, *layer.parameters())
+    )
     right = torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))
     for some, others in zip(found, right, strict=True):
         torch.testing.assert_close(some, others)
@@ -40,7 +42,7 @@ def test_gradients_are_those_of_the_layer() -> None:
 def test_autocast_reaches_the_product() -> None:
     layer, x = nn.Linear(8, 5), apart()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert linears.called(layer, x).dtype == layer(x).dtype == torch.bfloat16
+        assert linears.called(layer, x, False).dtype == layer(x).dtype == torch.bfloat16
 
 
 def test_a_layer_whose_weight_is_an_attribute_is_called() -> None:
@@ -50,4 +52,4 @@ def test_a_layer_whose_weight_is_an_attribute_is_called() -> None:
     weight, bias = layer.weight.data, layer.bias.data
     del layer.weight, layer.bias
     layer.weight, layer.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
-    torch.testing.assert_close(linears.called(layer, x), right)
+    torch.testing.assert_close(linears.called(layer, x, False), right)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels import triton
 from ..kernels.fusing import fusable, withheld
 from ..kernels.reference import factor
 from ..kernels.visible import values
@@ -43,9 +44,7 @@ def takes(q: Tensor, k: Tensor, scoring: Scoring, labels: int) -> bool:
     mask = values(scoring)
     if mask is not None and mask.shape[0] not in (1, q.shape[0]):
         return False
-    from ..kernels.triton.maps import fits
-
-    return fits(k.shape[2], q.shape[3], labels, q.element_size())
+    return triton.maps.fits(k.shape[2], q.shape[3], labels, q.element_size())
 
 
 def launch_for(
@@ -61,11 +60,9 @@ def launch_for(
         rows: Which rows of the batch.
         queries: Which queries.
     """
-    from ..kernels.triton.maps import KeyMaps
-
     scale = factor(q, scoring)
     assert not isinstance(scale, Tensor)
-    return KeyMaps(q, k, values(scoring), counts, rows, queries, scale)
+    return triton.maps.KeyMaps(q, k, values(scoring), counts, rows, queries, scale)
 
 
 def how_often(groups: Sequence[Sequence[int]], keys: int, device: torch.device) -> Tensor:

@@ -36,4 +36,4 @@ def _is_torch(kernel: KernelCall, q: Tensor) -> bool:
     # A wrapper is no kernel; compiled code can't compare the two.
     if not isinstance(kernel, Kernel) or kernel not in (AUTO, SDPA):
         return False
-    return not (kernel is AUTO and is_tuned(q.device.type))
+    return not (kernel is AUTO and is_tuned(q))

@@ -22,7 +22,7 @@ _MORE = 8
 def worth_parting(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
     """Whether a mask leaves most keys alone, on a device whose fast kernels take none."""
     mask = scoring.mask
-    if not isinstance(mask, Keys) or mask.within is None or q.device.type != "cuda":
+    if not isinstance(mask, Keys) or mask.within is None or not q.is_cuda:
         return False
     start, stop = mask.within
     few = (stop - start) * _MORE <= k.shape[2]

@@ -28,7 +28,7 @@ _FAR = 2.0**60
 
 def worth_a_channel(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> bool:
     """Whether a mask over keys goes faster as channels; no gradients go through them."""
-    if not isinstance(scoring.mask, Keys) or q.device.type != "cuda":
+    if not isinstance(scoring.mask, Keys) or not q.is_cuda:
         return False
     if scoring.causal or scoring.window is not None or scoring.mods or scoring.dropout:
         return False

@@ -21,19 +21,24 @@ if TYPE_CHECKING:
 __all__ = ["choose", "resolved", "set_backend"]
 
 
-def choose(kernel: Kernel, proc: Processor) -> Callable[..., Any]:
+def choose(kernel: Kernel, proc: Processor, compiling: bool) -> Callable[..., Any]:
     """The kernel call of a processor.
 
     What is set on the layer goes before what is set on the model, that before the `with` block,
     and the recipe's kernel is the default. Linear attention is another function than softmax
     attention, so no name replaces it.
+
+    Args:
+        kernel: The recipe's.
+        proc: The processor.
+        compiling: Whether `torch.compile` traces the call.
     """
     if kernel.linear:
         return kernel
     name = proc.layer_backend
     if name is None:
         name = proc._attention_backend  # pyright: ignore[reportPrivateUsage]
-    wish = scope() if name is None else Scope(name)
+    wish = scope(compiling) if name is None else Scope(name)
     if wish is None:
         return kernel if kernel.any_mask else partial(checked, kernel, None)
     return resolved(wish)

@@ -87,7 +87,7 @@ def explain(
 
 def verdicts(asked: Ask, backend: Any = None) -> Explanation:
     """The explanation of a kind of call."""
-    wish = scope() if backend is None else None
+    wish = scope(compiling=False) if backend is None else None
     name = backend if wish is None else wish.name
     by = "the table of autotune" if tuned(asked) else "rules"
     chosen, why = pick(asked).name, f"the automatic choice, by {by}"

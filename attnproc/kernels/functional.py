@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..masks import Room, fold
 from ..types import MaskKind, Scoring
@@ -51,7 +52,7 @@ def attention(
     """
     check_fallback(fallback)
     scoring = scoring_of(q, k, mask, causal=causal, scale=scale, dropout=dropout)
-    wish = scope() if backend is None else Scope(backend, fallback)
+    wish = scope(is_compiling()) if backend is None else Scope(backend, fallback)
     if wish is None:
         return lse_of(AUTO, q, k, v, scoring) if return_lse else AUTO(q, k, v, scoring)
     return resolved(wish, lse=return_lse)(q, k, v, scoring)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from .takes import missing
+from .takes import constant, missing
+from .triton import FILES
 
 __all__ = [
     "INTERPRETED",
     "alike",
     "fusable",
+    "is_autocast",
     "is_transformed",
     "keeps_nothing",
     "use_fused",
@@ -27,6 +30,7 @@ _TORCH: Any = torch
 # Triton's interpreter runs the kernels on a CPU, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _wanted = os.environ.get("ATTNPROC_FUSED", "1") != "0"
+_imported: bool | None = None
 
 
 def use_fused(wanted: bool) -> None:
@@ -47,12 +51,30 @@ def fusable(x: Tensor) -> bool:
     # float16, bfloat16 and float32: compiled code would check each name of a list.
     if not x.is_floating_point() or x.dtype.itemsize not in (2, 4):
         return False
-    return not (is_transformed() or missing("triton", ""))
+    return _there() and not is_transformed()
+
+
+# A constant, as compiled code traces no imports.
+@constant
+def _there() -> bool:
+    """Whether there is Triton; then the kernels are imported."""
+    global _imported
+    if _imported is None:
+        _imported = missing("triton", "") is None
+        for name in FILES if _imported else ():
+            importlib.import_module(f".triton.{name}", __package__)
+    return _imported
 
 
 def withheld() -> bool:
     """Whether no kernel may run now, whatever the tensors are."""
     return not _wanted or is_transformed()
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where a tensor is."""
+    # Making and reading the name of a device takes as long as a launch.
+    return is_autocast_enabled() if x.is_cuda else is_autocast_enabled(x.device.type)
 
 
 def is_transformed() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..masks import factors
 from ..types import Scoring
+from . import triton
 from .base import Kernel
 from .fusing import fusable
 from .reference import expand_heads
@@ -25,11 +26,9 @@ _FUSED = 128
 def relu_linear(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """Weights ``relu(q) relu(k)`` over their sum, in O(tokens), computed in float32."""
     if fusable(q) and q.shape[1] == k.shape[1] and q.shape[3] == v.shape[3] <= _FUSED:
-        from .triton.linear import linear_attention
-
         weight = factors(scoring, k.dtype)
         k = k if weight is None else k * weight.transpose(-1, -2)
-        return linear_attention(q, k, v.to(q.dtype), scoring.eps).to(v.dtype)
+        return triton.linear.linear_attention(q, k, v.to(q.dtype), scoring.eps).to(v.dtype)
     # Each wide copy goes before the next comes: they set the peak of memory.
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = _weighted(F.relu(expand_heads(k, q)).to(wide), scoring)

@@ -31,7 +31,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     mask = None if plain else dense_mask(scoring, q, k)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    elif mask is not None and q.device.type != "cpu":
+    elif mask is not None and not q.is_cpu:
         # Of torch's kernels cuDNN alone makes NaN of a row without keys, and only of a bool mask.
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
     return scaled_dot_product_attention(

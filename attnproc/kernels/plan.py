@@ -41,13 +41,13 @@ class Refused(ValueError):
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The kernel that the table or the rules pick for this kind of call."""
-    if scoring.only_causal and not is_tuned(q.device.type):
+    if scoring.only_causal and not is_tuned(q):
         return sdpa(q, k, v, scoring)
     if worth_parting(q, k, v, scoring):
         o = apart(q, k, v, scoring)
         if o is not None:
             return o
-    if not is_tuned(q.device.type) and worth_a_channel(q, k, v, scoring):
+    if not is_tuned(q) and worth_a_channel(q, k, v, scoring):
         return by_channel(q, k, v, scoring)
     return pick(ask(q, k, v, scoring))(q, k, v, scoring)
 

@@ -16,8 +16,6 @@ from contextvars import ContextVar
 from types import GeneratorType
 from typing import Any, NamedTuple
 
-from torch.compiler import is_compiling
-
 from .base import named
 from .guard import Guard, Watch
 from .takes import constant
@@ -96,9 +94,13 @@ def check_fallback(fallback: str | None) -> None:
         raise ValueError(f"fallback is {fallback!r}: give None (raise) or 'warn'")
 
 
-def scope() -> Scope | None:
-    """The innermost block's wish; diffusers' `attention_backend(...)` where there is none."""
-    if is_compiling():
+def scope(compiling: bool) -> Scope | None:
+    """The innermost block's wish; diffusers' `attention_backend(...)` where there is none.
+
+    Args:
+        compiling: Whether `torch.compile` traces the call.
+    """
+    if compiling:
         found = _constant_scope()
         # Looked at for the sake of the guards, of which the registry's own needs the fewest.
         active = _active() if _registry is None else _registry._active_backend

@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .base import Kernel, named
 from .takes import Ask, constant, why_not
@@ -65,16 +66,26 @@ def store(found: dict[str, str], device: str, path: str | Path | None = None) ->
     return path
 
 
+def is_tuned(x: Tensor) -> bool:
+    """Whether the table has anything for the hardware that a tensor is on."""
+    # Making the name of a device takes as long as a launch, and most have no table.
+    return _is_written() and _serves(x.device.type)
+
+
 @constant
-def is_tuned(device: str) -> bool:
+def _is_written() -> bool:
+    return bool(table())
+
+
+@constant
+def _serves(device: str) -> bool:
     """Whether the table has anything for this hardware."""
-    found = table()
-    return bool(found) and device_name(device) in found
+    return device_name(device) in table()
 
 
 def tuned(asked: Ask) -> Kernel | None:
     """The kernel that `autotune` found for this kind of call, if it still takes it."""
-    if asked.lse or not is_tuned(asked.device):
+    if asked.lse or not _serves(asked.device):
         return None
     name = _traced(asked) if asked.compiling else _entries(asked.device).get(key_of(asked))
     if name is None or not _is_known(name):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels import CHUNKED, Kernel
+from ..kernels import CHUNKED, Kernel, triton
 from ..kernels.chunked import chunked_backward
 from ..kernels.fusing import fusable
 from ..kernels.reference import expand_heads, factor
@@ -144,9 +144,7 @@ def merged(
         dtype: Of the sum.
     """
     if fusable(o) and lse.dtype == torch.float32 and not torch.compiler.is_compiling():
-        from ..kernels.triton.merge import merge
-
-        return merge(o, lse, some, of_some, dtype)
+        return triton.merge.merge(o, lse, some, of_some, dtype)
     # The share of the new part, by which the sum moves towards it.
     share = torch.sigmoid(of_some - lse)[..., None].to(summing)
     o = o.to(summing).lerp_(some.to(summing), share)

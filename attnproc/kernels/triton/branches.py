@@ -152,21 +152,22 @@ def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tens
             return None
         keys, values, weights = zip(*map(_folded, branches), strict=True)
         return _TRACED(q, keys, values, weights, factor)
-    q, branches = _rows_in_one_piece(q, branches)
     kind = (q.shape, q.stride(), q.dtype, q.device, factor, *map(_kind, branches))
     try:
-        launch = _LAUNCHES[kind]
+        launch, copies = _LAUNCHES[kind]
     except KeyError:
-        launch = _LAUNCHES.keep(kind, _new_launch(q, branches, factor))
+        launch, copies = _LAUNCHES.keep(kind, _new_launch(q, branches, factor))
     if launch is None:
         return None
+    if copies:
+        q, branches = _rows_in_one_piece(q, branches)
     o = _room(q)
     if o.numel():
         launch(*_tensors(q, o, branches))
     return o
 
 
-_LAUNCHES: Plans[Repeated | None] = Plans()
+_LAUNCHES: Plans[tuple[Repeated | None, bool]] = Plans()
 
 
 def _kind(branch: Branch) -> tuple[Any, ...]:
@@ -179,11 +180,15 @@ def _kind(branch: Branch) -> tuple[Any, ...]:
     return *of_k, *of_v, of_weight
 
 
-def _new_launch(q: Tensor, branches: Sequence[Branch], factor: float) -> Repeated | None:
-    """The launch for calls of this kind."""
-    if not fits(q, branches):
-        return None
-    return Repeated(_attend, *_arguments(q, branches, factor))
+def _new_launch(
+    q: Tensor, branches: Sequence[Branch], factor: float
+) -> tuple[Repeated | None, bool]:
+    """The launch for calls of this kind, and whether it is of copies; None where none fits."""
+    whole, parts = _rows_in_one_piece(q, branches)
+    if not fits(whole, parts):
+        return None, False
+    copies = whole is not q or parts is not branches
+    return Repeated(_attend, *_arguments(whole, parts, factor)), copies
 
 
 def _folded(branch: Branch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -296,4 +301,3 @@ def _fixed(heads: int, dim: int, keys: int, size: int) -> tuple[int, ...]:
 def _padded(size: int) -> int:
     """The side of a tile: matrix products need 16."""
     return max(16, 1 << (size - 1).bit_length())
-

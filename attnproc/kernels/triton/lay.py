@@ -565,7 +565,7 @@ def _launch(
     x, row, stride = _plain(x)
     then, row1, stride1 = (None, 0, 0) if then is None else _plain(then)
     more = 0 if then is None else then.shape[1]
-    o = torch.empty((batch, length + more, heads, dim), dtype=x.dtype, device=x.device)
+    o = x.new_empty(batch, length + more, heads, dim)
     if batch * (length + more):
         tokens = _tokens_of(how)
         run(

@@ -206,7 +206,7 @@ def _multiply(x: Tensor, weights: list[Tensor], found: Tensor) -> None:
 def _tile(size: int, dim: int) -> tuple[int, ...]:
     """Arguments of compilation: neighbours, channels of a group and of a tile, and its pixels."""
     wide = max(1, _WIDE // dim) * dim
-    padded = max(16, triton.next_power_of_2(wide))
+    padded = max(16, 1 << (wide - 1).bit_length())
     return size, dim, wide, padded, _SIDE, max(1, _HELD // padded // _SIDE)
 
 
@@ -230,6 +230,6 @@ def _normed(
         (-(-tokens // _TOKENS), batch),
         (y, flat, weight, bias, o),
         (tokens, eps, *strides),
-        (channels, min(_CHANNELS, triton.next_power_of_2(channels)), _TOKENS),
+        (channels, min(_CHANNELS, 1 << (channels - 1).bit_length()), _TOKENS),
     )
     return o
