@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, 
 import torch
 from torch import Tensor, nn
 
+from .tracing import constant
+
 if TYPE_CHECKING:
     from .kernels import Kernel
     from .norms import Norms
@@ -184,22 +186,21 @@ class Site(_Record):
     def setting(self, name: str, default: Any) -> Any:
         """What the attention module says of itself, or the default where it says nothing."""
         attn = self.attn
-        if self.compiling:
-            return getattr(attn, name, default)
         own = attn.__dict__
         if name in own:
             return own[name]
-        return default if _lacks(attn, name) else getattr(attn, name, default)
+        # To say that it has not got something takes a module as long as a launch, and compiled
+        # code asks before every call.
+        for registry in ("_parameters", "_buffers", "_modules"):
+            if name in own.get(registry, _NO_MODULES):
+                return own[registry][name]
+        return getattr(attn, name, default) if _finds(type(attn), name) else default
 
 
-def _lacks(attn: Any, name: str) -> bool:
-    """Whether a module has no such attribute, which it takes as long as launches to say itself."""
-    kind = type(attn)
-    if not isinstance(attn, nn.Module) or kind.__getattr__ is not nn.Module.__getattr__:
-        return False
-    if any(name in vars(attn)[kept] for kept in ("_parameters", "_buffers", "_modules")):
-        return False
-    return not hasattr(kind, name)
+@constant
+def _finds(kind: type, name: str) -> bool:
+    """Whether objects of a class may have an attribute that is in none of their registries."""
+    return hasattr(kind, name) or getattr(kind, "__getattr__", None) is not nn.Module.__getattr__
 
 
 @dataclass(slots=True)

@@ -84,6 +84,13 @@ def grid(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return multiscale.normed_grid(y, x, x, (weight, None, 1e-6))
 
 
+def scales(x: Tensor, weight: Tensor, tap: Tensor, mix: Tensor) -> Tensor:
+    from attnproc.kernels.triton import multiscale
+
+    with torch.no_grad():
+        return multiscale.scaled_products(x, [weight] * 3, [tap, tap], [mix, mix])
+
+
 def prompts(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
     from attnproc.kernels.triton import branches
 
@@ -110,6 +117,11 @@ TRACED: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], dict[str, 
         },
     ),
     "grid": (grid, [(2, 8, 16), (2, 16, 2, 4), (16,)], {"_norm": {"o"}}),
+    "scales": (
+        scales,
+        [(2, 8, 4, 6), (16, 8), (48, 1, 3, 3), (48, 4, 1, 1)],
+        {"_convolve": {"all_scales"}},
+    ),
     "prompts": (prompts, [WIDE, (2, 8, 48), (2, 8, 48), (1, 8, 1)], {"_attend": {"o"}}),
 }
 
@@ -124,7 +136,7 @@ def test_compiled_code_launches_the_kernels_itself(
     assert found == right
 
 
-@pytest.mark.parametrize("name", ["lay", "relu_linear", "normed_tokens", "branches"])
+@pytest.mark.parametrize("name", ["lay", "relu_linear", "normed_tokens", "scales", "branches"])
 def test_torch_knows_the_kernels_of_an_operator(name: str) -> None:
     # What it keeps of compiled code on disk is out of date when one of them changes.
     library = pytest.importorskip("torch._library.triton")

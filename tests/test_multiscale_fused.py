@@ -14,13 +14,15 @@ pytestmark = NEEDS_TRITON
 
 @pytest.mark.parametrize(("dtype", "size", "dim"), [("bf16", 5, 32), ("fp32", 3, 8)])
 @pytest.mark.parametrize("ones", [(), ("height", "width"), ("channels",)])
+@pytest.mark.parametrize("copies", [False, True])
 def test_the_convolution_compiles_for_a_gpu(
-    ones: tuple[str, ...], dtype: str, size: int, dim: int
+    copies: bool, ones: tuple[str, ...], dtype: str, size: int, dim: int
 ) -> None:
     from attnproc.kernels.triton import multiscale
 
-    types = dict.fromkeys(("all_scales", "taps", "mix"), f"*{dtype}")
-    found = compiled(multiscale._convolve, multiscale._tile(size, dim), types, (), ones)
+    types = dict.fromkeys(("products", "taps", "mix", "all_scales"), f"*{dtype}")
+    fixed = (*multiscale._tile(size, dim), copies)
+    found = compiled(multiscale._convolve, fixed, types, (), ones)
     assert found.asm["cubin"]
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ..tracing import constant
 from ..types import Scoring
 from .names import ALIASES
-from .takes import ANYTHING, KINDS, Takes, constant
+from .takes import ANYTHING, KINDS, Takes
 
 __all__ = ["GROUP", "Kernel", "named", "package", "register_kernel", "registered"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from .takes import constant, missing
+from ..tracing import constant
+from .takes import missing
 from .triton import FILES
 
 __all__ = [

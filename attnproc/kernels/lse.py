@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from ..tracing import constant
 from ..types import Scoring
-from .takes import constant
 
 __all__ = ["backend_of", "gives_lse", "with_lse"]
 

@@ -6,6 +6,7 @@ import warnings
 
 from torch import Tensor
 
+from ..tracing import constant
 from ..types import Scoring
 from .apart import apart, worth_parting
 from .base import Kernel, registered
@@ -13,7 +14,7 @@ from .channel import by_channel, worth_a_channel
 from .chunked import CHUNKED
 from .flex import FLEX
 from .native import BOUNDED, SDPA, sdpa
-from .takes import Ask, Takes, ask, constant, why_not
+from .takes import Ask, Takes, ask, why_not
 from .tuned import is_tuned, tuned
 from .varlen import VARLEN
 

@@ -16,9 +16,9 @@ from contextvars import ContextVar
 from types import GeneratorType
 from typing import Any, NamedTuple
 
+from ..tracing import constant
 from .base import named
 from .guard import Guard, Watch
-from .takes import constant
 
 __all__ = ["Scope", "backend", "check_fallback", "scope", "within"]
 

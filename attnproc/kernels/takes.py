@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..tracing import constant
 from ..types import Bias, Keys, Scoring
 
 __all__ = [
@@ -22,26 +23,14 @@ __all__ = [
     "Ask",
     "Takes",
     "ask",
-    "constant",
     "kinds",
     "missing",
     "why_not",
 ]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
 KINDS = frozenset({"keys", "dense", "bias", "learned", "causal", "window", "blocks"})
 """Keys: bool over keys. Dense: bool a query. Bias: added; learned, if it needs a gradient."""
 HALF = (torch.float16, torch.bfloat16)
-
-
-def constant(function: _F) -> _F:
-    """Lets compiled code take the function's result as a constant.
-
-    As `torch.compiler.assume_constant_result`, without importing the compiler.
-    """
-    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-    return function
 
 
 class Ask(NamedTuple):

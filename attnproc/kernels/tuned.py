@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..tracing import constant
 from .base import Kernel, named
-from .takes import Ask, constant, why_not
+from .takes import Ask, why_not
 
 __all__ = ["default_path", "device_name", "is_tuned", "key_of", "store", "tuned", "use_table"]
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..tracing import constant
 from ..types import Scoring
 from .base import Kernel, package
 from .packed import TAKES, pack, packable
 from .reference import expand_heads, factor
-from .takes import Ask, constant, missing
+from .takes import Ask, missing
 from .visible import limits
 
 __all__ = ["VARLEN", "varlen", "varlen_lse"]

@@ -32,13 +32,14 @@ _PRECISION = tl.constexpr("tf32x3")
 @Launcher
 @triton.jit
 def _convolve(
-    all_scales, taps, mix, height, width, row, start, channels,
+    products, taps, mix, all_scales, height, width, products_row, row, start, channels,
     K: tl.constexpr, D: tl.constexpr, CB: tl.constexpr, CP: tl.constexpr,
-    TX: tl.constexpr, TY: tl.constexpr,
+    TX: tl.constexpr, TY: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """Some groups' channels of a tile of pixels: each with its ``K x K`` neighbours, then mixed.
 
-    Programs of one tile follow one another: together they read whole rows of the buffer.
+    Products that stand in a buffer of their own are copied too. Programs of one tile follow one
+    another: together they read whole rows.
     """
     blocks = tl.cdiv(channels, CB)
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -49,8 +50,8 @@ def _convolve(
     y = tile // wide % high * TY + pixel // TX
     c = block * CB + d
     there = (d < CB) & (c < channels)
-    all_scales += batch * height * width * row
-    places = all_scales + (y * width + x).to(tl.int64)[:, None] * row + c[None, :]
+    at = (batch * height * width + y * width + x).to(tl.int64)
+    places = products + at[:, None] * products_row + c[None, :]
     sums = tl.zeros((TX * TY, CP), tl.float32)
     for i in range(K):
         down = i - K // 2
@@ -58,10 +59,10 @@ def _convolve(
         for j in tl.static_range(K):
             right = j - K // 2
             inside = live & (x + right >= 0) & (x + right < width)
-            away = (down * width + right).to(tl.int64) * row
+            away = (down * width + right).to(tl.int64) * products_row
             known = inside[:, None] & there[None, :]
             values = tl.load(places + away, mask=known, other=0.0).to(tl.float32)
-            tap = tl.load(taps + (i * K + j) * channels + c, mask=there, other=0.0)
+            tap = tl.load(taps + c * (K * K) + i * K + j, mask=there, other=0.0)
             sums += values * tap.to(tl.float32)[None, :]
     # All groups in one product: what lies between two of them is zero.
     within = (d // D)[:, None] == (d // D)[None, :]
@@ -69,7 +70,10 @@ def _convolve(
     weight = tl.load(mix + c[None, :] * D + (d % D)[:, None], mask=known, other=0.0)  # [in, out]
     mixed = tl.dot(sums.to(weight.dtype), weight, input_precision=_PRECISION)
     known = ((y < height) & (x < width))[:, None] & there[None, :]
-    tl.store(places + start, mixed.to(weight.dtype), mask=known)
+    found = all_scales + at[:, None] * row + c[None, :]
+    tl.store(found + start, mixed.to(weight.dtype), mask=known)
+    if COPIES:
+        tl.store(found, tl.load(places, mask=known), mask=known)
 
 
 @Launcher
@@ -122,9 +126,22 @@ def scaled_products(
     Returns:
         ``[B, height * width, (1 + scales) * 3W]``: the products first, then the scales in order.
     """
-    if is_compiling():
-        return torch.ops.attnproc.scaled_products(x, weights, taps, mixes)
-    return _scaled(x, weights, taps, mixes)
+    batch, _, height, width = x.shape
+    compiling = is_compiling()
+    # Compiled code can't ask where a tensor is. One product is soon ahead of three and no copy.
+    whole = None if compiling else joined(weights)
+    whole = torch.cat(weights) if whole is None else whole
+    # The product reads a grid of either layout as it is.
+    tokens, matrix = x.flatten(2).transpose(1, 2), whole.t().expand(batch, -1, -1)
+    if compiling:
+        products = torch.bmm(tokens, matrix)
+        return _TRACED(products, taps, mixes, height, width) if taps else products
+    channels = whole.shape[0]
+    found = x.new_empty(batch, height * width, (1 + len(taps)) * channels)
+    products = found[:, :, :channels]
+    torch.bmm(tokens, matrix, out=products)
+    _scale(products, taps, mixes, found, (height, width))
+    return found
 
 
 def normed_grid(
@@ -149,16 +166,19 @@ def normed_grid(
     return o.view(o.shape[0], *like.shape[2:], o.shape[2]).permute(0, 3, 1, 2)
 
 
-# The products are written in place, of which compiled code would make a copy: left as it is.
-@torch.library.custom_op("attnproc::scaled_products", mutates_args=())
-def _operator(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
-    return _scaled(x, weights, taps, mixes)
+@operator("attnproc::scales")
+def _operator(
+    products: Tensor, taps: list[Tensor], mixes: list[Tensor], height: int, width: int
+) -> Tensor:
+    products = products.contiguous()
+    batch, tokens, channels = products.shape
+    found = products.new_empty(batch, tokens, (1 + len(taps)) * channels)
+    _scale(products, taps, mixes, found, (height, width), wrap_triton(_convolve), copies=True)
+    return found
 
 
-@_operator.register_fake
-def _(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
-    total = sum(weight.shape[0] for weight in weights) * (1 + len(taps))
-    return x.new_empty(x.shape[0], x.shape[2] * x.shape[3], total)
+# By itself, as compiled code checks each name on the way to it.
+_TRACED = torch.ops.attnproc.scales.default
 
 
 @operator("attnproc::normed_tokens")
@@ -168,39 +188,35 @@ def _operator_out(
     return _normed(y, x, weight, bias, eps, wrap_triton(_norm))
 
 
-def _scaled(x: Tensor, weights: list[Tensor], taps: list[Tensor], mixes: list[Tensor]) -> Tensor:
-    batch, _, height, width = x.shape
-    channels = sum(weight.shape[0] for weight in weights)
-    row = channels * (1 + len(taps))
-    found = x.new_empty(batch, height * width, row)
+def _scale(
+    products: Tensor,
+    taps: list[Tensor],
+    mixes: list[Tensor],
+    found: Tensor,
+    size: tuple[int, int],
+    run: Run = _convolve,
+    *,
+    copies: bool = False,
+) -> None:
+    """Writes all scales of products into ``[B, S, scales * 3W]``, whose first columns they are.
+
+    With `copies` they stand elsewhere and are copied.
+    """
+    height, width = size
+    batch, _, channels = products.shape
+    row = found.shape[2]
     if not found.numel():
-        return found
-    _multiply(x, weights, found)
+        return
     for i, (tap, mix) in enumerate(zip(taps, mixes, strict=True)):
-        fixed = _tile(tap.shape[2], mix.shape[1])
+        fixed = _tile(int(tap.shape[2]), int(mix.shape[1]))
         _, _, wide, _, across, down = fixed
         tiles = -(-width // across) * -(-height // down)
-        _convolve(
+        run(
             (batch * tiles * -(-channels // wide), 1),
-            # Turned, as a thread's channels are then one load.
-            (found, tap.flatten(1).t().contiguous(), mix),
-            (height, width, row, (1 + i) * channels, channels),
-            fixed,
+            (products, tap, mix, found),
+            (height, width, products.stride(1), row, (1 + i) * channels, channels),
+            (*fixed, copies and i == 0),
         )
-    return found
-
-
-def _multiply(x: Tensor, weights: list[Tensor], found: Tensor) -> None:
-    """Writes the products of a grid into the first columns of ``[B, S, ...]``."""
-    # The product reads a grid of either layout as it is.
-    tokens = x.flatten(2).transpose(1, 2)
-    whole = joined(weights)
-    start = 0
-    for weight in weights if whole is None else [whole]:
-        stop = start + weight.shape[0]
-        matrix = weight.t().expand(x.shape[0], -1, -1)
-        torch.bmm(tokens, matrix, out=found[:, :, start:stop])
-        start = stop
 
 
 def _tile(size: int, dim: int) -> tuple[int, ...]:
