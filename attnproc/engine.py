@@ -74,7 +74,7 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     span = scoring.image
     if home is not None:
         o, span = home(o, span)
-    o = merge_heads(o)
+    o = merge_heads(o, at.keeps_nothing)
     image, text, *rest = recipe.output(at, o, span, extra)
     del o
     for leave in recipe.leaving:

@@ -11,6 +11,7 @@ from typing import Any
 from .fused import Fused
 from .norms import Norms
 from .rotary import Rotary
+from .shapes import heads_first
 from .types import QKV, Arranged, Site, Streams
 
 __all__ = ["arrange", "laid"]
@@ -21,14 +22,18 @@ def arrange(at: Site, streams: Streams) -> Arranged:
     recipe, image, text = at.recipe, streams.image, streams.text
     shape, text_keys = image.q.shape, 0
     dim = shape[3] if len(shape) == 4 else shape[2] // at.attn.heads
+    norms, rotary = recipe.norm(at, text is not None), recipe.rotary
+    if text is None and rotary is None and norms.none and not recipe.prompts and image.alike:
+        few = at.keeps_nothing
+        q, k = heads_first(image.q, dim, few), heads_first(image.k, dim, few)
+        return Arranged(q, k, heads_first(image.v, dim, few), shape[1], 0)
+
     image.split(dim)
     if text is not None:
         text.split(dim)
         text_keys = text.k.shape[1]
 
     raw = QKV(image.q, image.k, image.v) if recipe.prompts else None
-    norms = recipe.norm(at, text is not None)
-    rotary = recipe.rotary
     if rotary is None:
         both = laid(streams, norms, recipe.text_first)
     else:
@@ -57,8 +62,7 @@ def laid(
     """
     image, text = streams.image, streams.text
     idle = norms.none and tables[0] is None and tables[1] is None
-    alone = idle and text is None
-    if alone and (image.v is None or image.q.dtype == image.k.dtype == image.v.dtype):
+    if idle and text is None and (image.v is None or image.alike):
         return image
     # At most a join is left, which torch does as fast for whole tensors.
     whole = text is None or image.k is None or image.k.is_contiguous()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from .tracing import constant
 
@@ -56,6 +56,13 @@ class QKV:
     q: Any
     k: Any
     v: Any
+
+    @property
+    def alike(self) -> bool:
+        """Whether queries, keys and values are all there, and of one dtype."""
+        q, k, v = self.q, self.k, self.v
+        there = q is not None and k is not None and v is not None
+        return there and q.dtype == k.dtype == v.dtype
 
     def split(self, dim: int) -> None:
         """``[B, S, H*D]`` to ``[B, S, H, D]``; what is split already stays.
@@ -159,6 +166,11 @@ class Site(_Record):
     call: Call
     compiling: bool = False
     """Whether `torch.compile` traces this: it makes kernels itself, and a guard for each look."""
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether nothing is kept for gradients or a graph."""
+        return not self.compiling and not is_grad_enabled()
 
     def linear(self, name: str, x: Tensor, y: Any = None) -> Tensor:
         """The projection `name` of `x` ``[B, S, C]``, or of its packed `y`, with adapters."""
