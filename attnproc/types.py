@@ -61,8 +61,9 @@ class QKV:
     def alike(self) -> bool:
         """Whether queries, keys and values are all there, and of one dtype."""
         q, k, v = self.q, self.k, self.v
-        there = q is not None and k is not None and v is not None
-        return there and q.dtype == k.dtype == v.dtype
+        if q is None or k is None or v is None:
+            return False
+        return q.dtype == k.dtype == v.dtype
 
     def split(self, dim: int) -> None:
         """``[B, S, H*D]`` to ``[B, S, H, D]``; what is split already stays.

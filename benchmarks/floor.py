@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import compiled as compiling
 import torch
 import torch.nn.functional as F
 from measure import Times, by_turns, graphed
@@ -185,14 +186,19 @@ def _qkv_elements(pair: Pair, found: Recorded) -> int:
     return elements * scales
 
 
-def floor(pair: Pair, seconds: float) -> dict[str, Any]:
+def floor(pair: Pair, seconds: float, compile_limit: float | None = None) -> dict[str, Any]:
     """The floor of a row and its parts, in ms.
+
+    Args:
+        pair: The row.
+        seconds: Time of one measurement.
+        compile_limit: Seconds that compiling may take; None measures nothing compiled.
 
     Returns:
         `ms`, the sum by the definition; `tight_ms`, the same of ten in one graph, so without the
         gaps between graphs; `launched_ms`, all of it launched call by call, as Python without a
-        line around it does; `conv_ms`, convolutions, which none of them counts; `parts`, each with
-        its share of `ms`.
+        line around it does; `compiled_ms`, that under `torch.compile`; `conv_ms`, convolutions,
+        which none of them counts; `parts`, each with its share of `ms`.
     """
     found = record(pair)
     parts: list[dict[str, Any]] = []
@@ -208,23 +214,31 @@ def floor(pair: Pair, seconds: float) -> dict[str, Any]:
     sums = {f"{kind}_ms": total("ms", kind) for kind in (*counted, "conv")}
     both = {"ms": total("ms", *counted), "tight_ms": total("tight_ms", *counted)}
     if pair.device == "cuda":
-        both["launched_ms"] = round(_launched(found, pair, seconds), 5)
+        both |= _launched(found, pair, seconds, compile_limit)
     return {**both, **sums, "parts": parts}
 
 
 @torch.no_grad()
-def _launched(found: Recorded, pair: Pair, seconds: float) -> float:
-    """Eager time of the floor's calls, one after the other, attention as torch chooses."""
+def _launched(
+    found: Recorded, pair: Pair, seconds: float, compile_limit: float | None
+) -> dict[str, float]:
+    """Times of the floor's calls, one after the other, attention as torch chooses."""
+    generator = torch.Generator(pair.device).manual_seed(0)
     calls: list[Callable[[], Any]] = []
     for work, count in found.counts.items():
         if not isinstance(work, Conv):
-            calls += [_candidates(work, pair, chosen=True)[""]] * count
+            # Each of tensors of its own: the compiler would compute alike ones once.
+            calls += [_call(work, _Random(pair, generator)) for _ in range(count)]
 
-    def run() -> None:
-        for call in calls:
-            call()
+    def run() -> list[Any]:
+        return [call() for call in calls]
 
-    return _median(run, pair.device, seconds)
+    times = {"launched_ms": round(_median(run, pair.device, seconds), 5)}
+    if compile_limit is not None:
+        made = compiling.compiled(run, compile_limit)
+        times["compiled_ms"] = round(_median(made.call, pair.device, seconds), 5)
+        compiling.forget()
+    return times
 
 
 @torch.no_grad()
@@ -256,47 +270,51 @@ def _median(call: Callable[[], Any], device: str, seconds: float) -> float:
     return times[""].median
 
 
-def _candidates(work: Work, pair: Pair, chosen: bool = False) -> dict[str, Callable[[], Any]]:
-    """What can do a work, by name; `chosen` leaves the choice to torch, under the name ""."""
-    generator = torch.Generator(pair.device).manual_seed(0)
+@dataclass(frozen=True)
+class _Random:
+    """Makes tensors of a row's device and dtype."""
 
-    def random(*shape: int) -> Tensor:
-        made = torch.empty(shape, device=pair.device, dtype=pair.dtype)
-        return made.normal_(generator=generator)
+    pair: Pair
+    generator: torch.Generator
 
+    def __call__(self, *shape: int) -> Tensor:
+        made = torch.empty(shape, device=self.pair.device, dtype=self.pair.dtype)
+        return made.normal_(generator=self.generator)
+
+
+def _candidates(work: Work, pair: Pair) -> dict[str, Callable[[], Any]]:
+    """What can do a work, by name."""
+    call = _call(work, _Random(pair, torch.Generator(pair.device).manual_seed(0)))
+    if not isinstance(work, Attention):
+        return {work.kind: call}
+
+    def by(backend: SDPBackend) -> Callable[[], Any]:
+        def pinned() -> Tensor:
+            with sdpa_kernel(backend):
+                return call()
+
+        return pinned
+
+    return {name: by(backend) for name, backend in _BACKENDS[pair.device].items()}
+
+
+def _call(work: Work, random: _Random) -> Callable[[], Any]:
+    """Does a work; which kernel does attention is left to torch."""
     if isinstance(work, Linear):
         x, weight = random(work.rows, work.width), random(work.out, work.width)
         bias = random(work.out) if work.bias else None
-        return {"" if chosen else "linear": lambda: F.linear(x, weight, bias)}
+        return lambda: F.linear(x, weight, bias)
     if isinstance(work, Conv):
         x, weight = random(*work.x), random(*work.weight)
-        return {"conv": lambda: F.conv2d(x, weight, None, *work.options)}
+        return lambda: F.conv2d(x, weight, None, *work.options)
     if isinstance(work, Copy):
         x = random(work.elements)
-        return {"" if chosen else "copy": x.clone}
-    return _kernels(work, pair, random, chosen)
-
-
-def _kernels(
-    work: Attention, pair: Pair, random: Callable[..., Tensor], chosen: bool
-) -> dict[str, Callable[[], Any]]:
+        return lambda: x.clone()
     # Heads lie as the projections leave them, so that the output needs no copy either.
     q = random(work.batch, work.queries, work.heads, work.dim).transpose(1, 2)
     k, v = (random(work.batch, work.keys, work.kv_heads, work.dim).transpose(1, 2) for _ in "kv")
-
-    def plain() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=work.heads != work.kv_heads)
-
-    def by(backend: SDPBackend) -> Callable[[], Any]:
-        def call() -> Tensor:
-            with sdpa_kernel(backend):
-                return plain()
-
-        return call
-
-    if chosen:
-        return {"": plain}
-    return {name: by(backend) for name, backend in _BACKENDS[pair.device].items()}
+    fewer = work.heads != work.kv_heads
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=fewer)
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -35,6 +35,12 @@ NAMES = {
     "eager": "wall time of eager calls, over the floor",
     "compiled": "under `torch.compile`, over the floor",
 }
+# What the floor's own calls take in a mode, and what is said of that.
+LAUNCHED = {"eager": "launched_ms", "compiled": "compiled_ms"}
+BESIDE = {
+    "eager": "wall time of eager calls, over the larger of the floor and its calls' launches",
+    "compiled": "under `torch.compile`, over the larger of the floor and its calls compiled",
+}
 GPU_PLOT, CPU_PLOT = "performance-gpu.png", "performance-cpu.png"
 MISSING = "Not measured yet."
 
@@ -101,10 +107,11 @@ def gpu_summary() -> str:
         [NAMES[mode], over_floor(rows, "diffusers", mode), over_floor(rows, "ours", mode), goal]
         for mode, goal in ((mode, f"{GOALS[mode]:.2f}") for mode in GOALS)
     ]
-    launched = [over_launched(rows, side) for side in ("diffusers", "ours")]
-    if "–" not in launched:
-        what = "wall time of eager calls, over the larger of the floor and its calls' launches"
-        lines.insert(2, [what, *launched, "–"])
+    for mode, what in BESIDE.items():
+        both = [over_launched(rows, side, mode) for side in ("diffusers", "ours")]
+        if "–" not in both:
+            place = 1 + next(i for i, line in enumerate(lines) if line[0] == NAMES[mode])
+            lines.insert(place, [what, *both, "–"])
     memory = pairs(rows, "peak_mib")
     if memory:
         most = max(ours / theirs for ours, theirs in memory.values())
@@ -131,14 +138,14 @@ def gpu_rows() -> str:
     if not rows:
         return MISSING
     head = (
-        *("row", "floor", "launched", "eager", "host", "graph", "compiled", "peak MiB"),
-        "graph / floor",
+        *("row", "floor", "launched", "launched compiled"),
+        *("eager", "host", "graph", "compiled", "peak MiB", "graph / floor"),
     )
     keys = ("eager_ms", "host_ms", "graph_ms", "compiled_ms", "peak_mib")
     lines = [
         [
             name,
-            *(number(row.get("floor", {}).get(key)) for key in ("ms", "launched_ms")),
+            *(number(row.get("floor", {}).get(key)) for key in ("ms", *LAUNCHED.values())),
             *(change(row, key) for key in keys),
             ratio(row, "ours", "graph"),
         ]
@@ -344,12 +351,13 @@ def over_floor(rows: Data, side: str, mode: str) -> str:
     )
 
 
-def over_launched(rows: Data, side: str) -> str:
-    """Geometric mean of eager time over what the floor's own calls take when Python makes them."""
+def over_launched(rows: Data, side: str, mode: str) -> str:
+    """Geometric mean of a mode's time over what the floor's own calls take in that mode."""
+    key = LAUNCHED[mode]
     return _mean(
-        row[side]["eager_ms"] / max(row["floor"]["ms"], row["floor"]["launched_ms"])
+        row[side][f"{mode}_ms"] / max(row["floor"]["ms"], row["floor"][key])
         for row in rows.values()
-        if "eager_ms" in row.get(side, {}) and "launched_ms" in row.get("floor", {})
+        if f"{mode}_ms" in row.get(side, {}) and key in row.get("floor", {})
     )
 
 

@@ -13,7 +13,8 @@ pass is timed. Then the modes, the sides by turns:
     replayed  under torch.compile in the mode "reduce-overhead": as a CUDA graph
     backward  forward and backward pass: wall time and, on a GPU, as a graph
     peak      memory above what was held before: forward, and backward if that is asked too
-    floor     the linear layers and the fastest attention kernel alone (benchmarks/floor.py)
+    floor     the linear layers and the fastest attention kernel alone, compiled too if that is
+              asked (benchmarks/floor.py)
 
 Results go to `benchmarks/results/run-<device>-<dtype>.json` after each row, those of
 `--variants` to `variants-<device>-<dtype>.json`.
@@ -86,7 +87,8 @@ def of_row(row: Row, options: Options) -> dict[str, Any]:
 
 
 def _floor(both: Pair, options: Options) -> Found:
-    return {"floor": floors.floor(both, options.seconds)}
+    limit = options.compile_limit if "compiled" in options.modes else None
+    return {"floor": floors.floor(both, options.seconds, limit)}
 
 
 # The floor before what may leave the device unwell.
