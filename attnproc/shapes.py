@@ -29,7 +29,7 @@ def heads_first(x: Tensor, dim: int, by_strides: bool = False) -> Tensor:
     if by_strides and x.__class__ is Tensor and x.is_contiguous():
         size = batch, channels // dim, tokens, dim
         return x.as_strided(size, (tokens * channels, dim, channels, 1))
-    return x.view(batch, tokens, -1, dim).transpose(1, 2)
+    return x.view(batch, tokens, channels // dim, dim).transpose(1, 2)
 
 
 def merge_heads(o: Tensor, by_strides: bool = False) -> Tensor:

@@ -72,14 +72,14 @@ class QKV:
         """
         q, k, v = self.q, self.k, self.v
         if q is not None and q.ndim == 3:
-            batch, tokens, _ = q.shape
-            self.q = q.view(batch, tokens, -1, dim)
+            batch, tokens, channels = q.shape
+            self.q = q.view(batch, tokens, channels // dim, dim)
         if k is not None and k.ndim == 3:
-            batch, tokens, _ = k.shape
-            self.k = k.view(batch, tokens, -1, dim)
+            batch, tokens, channels = k.shape
+            self.k = k.view(batch, tokens, channels // dim, dim)
         if v is not None and v.ndim == 3:
-            batch, tokens, _ = v.shape
-            self.v = v.view(batch, tokens, -1, dim)
+            batch, tokens, channels = v.shape
+            self.v = v.view(batch, tokens, channels // dim, dim)
 
 
 class _Record:

@@ -27,7 +27,7 @@ def same(found: Tensor, right: Tensor) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_heads_come_first(name: str) -> None:
     x = LAYOUTS[name]()
-    heads = x.view(x.shape[0], x.shape[1], 3, 4)
+    heads = x.unflatten(2, (3, 4))
     for of in (x, heads):
         same(heads_first(of, 4, by_strides=True), heads.transpose(1, 2))
         same(heads_first(of, 4), heads.transpose(1, 2))
