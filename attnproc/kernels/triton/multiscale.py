@@ -62,7 +62,7 @@ def _convolve(
             away = (down * width + right).to(tl.int64) * products_row
             known = inside[:, None] & there[None, :]
             values = tl.load(places + away, mask=known, other=0.0).to(tl.float32)
-            tap = tl.load(taps + c * (K * K) + i * K + j, mask=there, other=0.0)
+            tap = tl.load(taps + (i * K + j) * channels + c, mask=there, other=0.0)
             sums += values * tap.to(tl.float32)[None, :]
     # All groups in one product: what lies between two of them is zero.
     within = (d // D)[:, None] == (d // D)[None, :]
@@ -213,7 +213,8 @@ def _scale(
         tiles = -(-width // across) * -(-height // down)
         run(
             (batch * tiles * -(-channels // wide), 1),
-            (products, tap, mix, found),
+            # Turned, as a thread's channels are then one load: it takes a third less time.
+            (products, tap.flatten(1).t().contiguous(), mix, found),
             (height, width, products.stride(1), row, (1 + i) * channels, channels),
             (*fixed, copies and i == 0),
         )
