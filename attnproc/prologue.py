@@ -23,16 +23,18 @@ def arrange(at: Site, streams: Streams) -> Arranged:
     shape, text_keys = image.q.shape, 0
     dim = shape[3] if len(shape) == 4 else shape[2] // at.attn.heads
     norms, rotary = recipe.norm(at, text is not None), recipe.rotary
-    if text is None and rotary is None and norms.none and not recipe.prompts and image.alike:
-        few = at.keeps_nothing
-        q, k = heads_first(image.q, dim, few), heads_first(image.k, dim, few)
-        return Arranged(q, k, heads_first(image.v, dim, few), shape[1], 0)
+    if text is not None:
+        text_keys = text.k.shape[1]
+    if rotary is None and norms.none and not recipe.prompts:
+        both = _untouched(streams, recipe.text_first)
+        if both is not None:
+            few = at.keeps_nothing
+            q, k = heads_first(both.q, dim, few), heads_first(both.k, dim, few)
+            return Arranged(q, k, heads_first(both.v, dim, few), shape[1], text_keys)
 
     image.split(dim)
     if text is not None:
         text.split(dim)
-        text_keys = text.k.shape[1]
-
     raw = QKV(image.q, image.k, image.v) if recipe.prompts else None
     if rotary is None:
         both = laid(streams, norms, recipe.text_first)
@@ -42,6 +44,21 @@ def arrange(at: Site, streams: Streams) -> Arranged:
         both.q.transpose(1, 2), both.k.transpose(1, 2), both.v.transpose(1, 2),
         shape[1], text_keys, raw,
     )  # fmt: skip
+
+
+def _untouched(streams: Streams, text_first: bool) -> QKV | None:
+    """Streams ``[B, S, H*D]`` to which nothing is done but a join, as one, using them up.
+
+    None where heads have to be split first, or dtypes differ.
+    """
+    image, text = streams.image, streams.text
+    if text is None:
+        return image if image.alike else None
+    # On a CPU the tokens of a head are to lie side by side; slices are joined faster by a kernel.
+    if image.q.is_cpu or not (image.k is None or image.k.is_contiguous()):
+        return None
+    alike = image.q.dtype == text.k.dtype == text.v.dtype
+    return streams.join(text_first) if alike else None
 
 
 def laid(

@@ -193,7 +193,10 @@ class Site(_Record):
     def held(self, name: str) -> Any:
         """A layer of the attention module; None where it has none."""
         # Straight from the registry: asking the module costs a failed look-up first.
-        layer = self.attn.__dict__.get("_modules", _NO_MODULES).get(name)
+        own = self.attn.__dict__
+        if not self.compiling and name in own:
+            return own[name]
+        layer = own.get("_modules", _NO_MODULES).get(name)
         return self.setting(name, None) if layer is None else layer
 
     def setting(self, name: str, default: Any) -> Any:
