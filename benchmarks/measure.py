@@ -20,10 +20,23 @@ from typing import Any
 
 import torch
 
-__all__ = ["Times", "by_turns", "graphed", "host", "noiseless", "peak_mib", "time_limit", "wait"]
+__all__ = [
+    "RISE",
+    "Call",
+    "Times",
+    "by_turns",
+    "graphed",
+    "host",
+    "noiseless",
+    "peak_mib",
+    "time_limit",
+    "wait",
+]
 
 Call = Callable[[], Any]
 _ROUNDS = 5
+RISE = {"cuda": 0.1, "cpu": 0.0}
+"""Seconds that a device may take to reach its clocks when it idled, as while code was compiled."""
 # A batch is to take this long, so that waiting for it costs next to nothing.
 _BATCH = {"cuda": 0.01, "cpu": 0.002}
 _FEWEST, _MOST = {"cuda": 4, "cpu": 1}, 200
@@ -46,20 +59,23 @@ class Times:
         return {f"{mode}_ms": round(self.median, 5), f"{mode}_min_ms": round(self.least, 5)}
 
 
-def by_turns(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, Times]:
+def by_turns(
+    calls: Mapping[str, Call], device: str, seconds: float, rise: float = 0.0
+) -> dict[str, Times]:
     """Amortised time of each call, a batch of one after a batch of the other.
 
     Args:
         calls: What is timed, by side.
         device: "cpu" or "cuda".
         seconds: Roughly how long all of it takes; five batches a side at least.
+        rise: Seconds of batches before those.
 
     Returns:
         Times by side.
     """
     sizes = {side: _size(call, device) for side, call in calls.items()}
     batches = {side: _batch(call, sizes[side], device) for side, call in calls.items()}
-    return _sampled(batches, seconds)
+    return _sampled(batches, seconds, rise)
 
 
 def host(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, Times]:
@@ -69,10 +85,18 @@ def host(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, Ti
     return _sampled({side: _enqueued(call, device) for side, call in calls.items()}, seconds)
 
 
-def _sampled(batches: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, Times]:
+def _sampled(
+    batches: Mapping[str, Callable[[], float]], seconds: float, rise: float = 0.0
+) -> dict[str, Times]:
+    """Times of batches by turns, but for those of the first `rise` seconds."""
     samples: dict[str, list[float]] = {side: [] for side in batches}
-    end, rounds = time.perf_counter() + seconds, 0
+    rounds = 0
     with noiseless():
+        start = time.perf_counter()
+        while time.perf_counter() < start + rise:
+            for batch in batches.values():
+                batch()
+        end = time.perf_counter() + seconds
         while rounds < _ROUNDS or time.perf_counter() < end:
             for side, batch in batches.items():
                 samples[side].append(batch() * 1e3)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import compiled as compiling
 import torch
-from measure import by_turns, graphed, host, peak_mib
+from measure import RISE, Call, Times, by_turns, graphed, host, peak_mib
 from sides import SIDES, difference
 
 __all__ = ["COMMON", "Both", "Found", "Mode", "Options", "gated", "reason"]
@@ -77,7 +77,7 @@ def gated(
 
 def eager(both: Both, options: Options) -> Found:
     calls = {side: both.call(side) for side in SIDES}
-    found = _times("eager", by_turns(calls, options.device, 2 * options.seconds))
+    found = _times("eager", _by_turns(calls, options))
     if options.device == "cuda":
         more = _times("host", host(calls, options.device, options.seconds / 2))
         found = {side: found[side] | more[side] for side in SIDES}
@@ -88,7 +88,7 @@ def graph(both: Both, options: Options) -> Found:
     if options.device != "cuda":
         return {}
     calls, failures = _each(lambda side: graphed(both.call(side)), "graph")
-    return _times("graph", by_turns(calls, "cuda", 2 * options.seconds)) | failures
+    return _times("graph", _by_turns(calls, options)) | failures
 
 
 def compiled(both: Both, options: Options) -> Found:
@@ -118,7 +118,7 @@ def _compiled(
         found[side][f"{name}_difference"] = difference(_first(one.call()), right)
     del right
     calls = {side: one.call for side, one in made.items()}
-    times = _times(name, by_turns(calls, options.device, 2 * options.seconds))
+    times = _times(name, _by_turns(calls, options))
     compiling.forget()
     return found, times, failures
 
@@ -126,11 +126,11 @@ def _compiled(
 def backward(both: Both, options: Options) -> Found:
     gate = {"gate": {"gradient_difference": both.gradients_agree()}}
     steps = {side: both.step(side) for side in SIDES}
-    found = _times("backward", by_turns(steps, options.device, 2 * options.seconds))
+    found = _times("backward", _by_turns(steps, options))
     failures: Found = {}
     if options.device == "cuda":
         calls, failures = _each(lambda side: graphed(steps[side]), "backward graph")
-        more = _times("backward_graph", by_turns(calls, "cuda", 2 * options.seconds))
+        more = _times("backward_graph", _by_turns(calls, options))
         found = {side: found[side] | more.get(side, {}) for side in SIDES}
     return gate | found | failures
 
@@ -154,6 +154,10 @@ COMMON: dict[str, Mode] = {
     "replayed": replayed,
     "graph": graph,
 }
+
+
+def _by_turns(calls: Mapping[str, Call], options: Options) -> dict[str, Times]:
+    return by_turns(calls, options.device, 2 * options.seconds, RISE[options.device])
 
 
 def _each(make: Callable[[str], Any], mode: str) -> tuple[dict[str, Any], Found]:
