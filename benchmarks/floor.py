@@ -17,7 +17,7 @@ from typing import Any
 import compiled as compiling
 import torch
 import torch.nn.functional as F
-from measure import Times, by_turns, graphed
+from measure import RISE, Times, by_turns, graphed
 from sides import Pair
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -236,7 +236,8 @@ def _launched(
     times = {"launched_ms": round(_median(run, pair.device, seconds), 5)}
     if compile_limit is not None:
         made = compiling.compiled(run, compile_limit)
-        times["compiled_ms"] = round(_median(made.call, pair.device, seconds), 5)
+        rise = RISE[pair.device]
+        times["compiled_ms"] = round(_median(made.call, pair.device, seconds, rise), 5)
         compiling.forget()
     return times
 
@@ -265,8 +266,8 @@ def _both(call: Callable[[], Any], device: str, seconds: float) -> tuple[float, 
     return alone, _median(graphed(call, _COPIES), device, seconds) / _COPIES
 
 
-def _median(call: Callable[[], Any], device: str, seconds: float) -> float:
-    times: dict[str, Times] = by_turns({"": call}, device, seconds)
+def _median(call: Callable[[], Any], device: str, seconds: float, rise: float = 0.0) -> float:
+    times: dict[str, Times] = by_turns({"": call}, device, seconds, rise)
     return times[""].median
 
 
