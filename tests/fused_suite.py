@@ -154,7 +154,7 @@ def test_what_is_not_known_through_goes_the_composed_way(
         pass
 
     called = []
-    monkeypatch.setattr(home, "_launch", lambda *args: called.append(args))
+    monkeypatch.setattr(home, "lay", lambda *args: called.append(args))
     norm: Any = Own(D) if change == "own class" else nn.RMSNorm(D)
     if change == "hook":
         norm.register_forward_hook(lambda *args: None)

@@ -17,7 +17,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from .launch import Launcher, Run, operator, wrap_triton
+from .launch import Launcher, Plans, Repeated, Run, operator, wrap_triton
 
 __all__ = ["Lay", "lay"]
 
@@ -422,7 +422,38 @@ def lay(
         return _TRACED(x, then, *weights, cos, sin, *how.plainly())
     if is_grad_enabled():
         return _Lay.apply(x, then, *weights, cos, sin, how)
-    return _launch(x, then, how, weights, (cos, sin))
+    kind = (
+        how, x.shape, x.stride(), x.dtype, x.get_device(),
+        None if then is None else (then.shape, then.stride(), then.get_device()),
+        *[None if w is None else (w.dtype, w.get_device()) for w in weights],
+        None if cos is None else (cos.shape, cos.stride(), cos.dtype, cos.get_device()),
+        None if sin is None else (sin.stride(), sin.dtype, sin.get_device()),
+    )  # fmt: skip
+    try:
+        launch = _LAUNCHES[kind]
+    except KeyError:
+        launch = _LAUNCHES.keep(kind, _new_launch(x, then, how, (cos, sin)))
+    if launch is None:
+        return _launch(x, then, how, weights, (cos, sin))
+    batch, tokens, heads, dim = x.shape
+    o = x.new_empty(batch, tokens if then is None else tokens + then.shape[1], heads, dim)
+    launch(x, then, o, *weights, cos, sin)
+    return o
+
+
+_LAUNCHES: Plans[Repeated | None] = Plans()
+
+
+def _new_launch(
+    x: Tensor, then: Tensor | None, how: Lay, table: tuple[Tensor | None, Tensor | None]
+) -> Repeated | None:
+    """The launch for calls of this kind; None where something has to be copied before it."""
+    cos, sin, *steps = _angles(x, table)
+    one, other, strides = _plain_streams(x, then)
+    copies = one is not x or other is not then or cos is not table[0] or sin is not table[1]
+    if copies or not (x.numel() or (then is not None and then.numel())):
+        return None
+    return Repeated(_forward, *_arguments(x, then, how, cos, (*strides, *steps)))
 
 
 class _Lay(torch.autograd.Function):
@@ -562,19 +593,21 @@ def _launch(
 ) -> Tensor:
     batch, length, heads, dim = x.shape
     cos, sin, *steps = _angles(x, table)
-    x, row, stride = _plain(x)
-    then, row1, stride1 = (None, 0, 0) if then is None else _plain(then)
-    more = 0 if then is None else then.shape[1]
-    o = x.new_empty(batch, length + more, heads, dim)
-    if batch * (length + more):
-        tokens = _tokens_of(how)
-        run(
-            (-(-length // tokens) + -(-more // tokens), batch),
-            (x, then, o, *weights, cos, sin),
-            (length, more, row, stride, row1, stride1, *steps, *how.eps),
-            _settings(x, cos, how),
-        )
+    x, then, strides = _plain_streams(x, then)
+    o = x.new_empty(batch, length + (0 if then is None else then.shape[1]), heads, dim)
+    if o.numel():
+        grid, numbers, fixed = _arguments(x, then, how, cos, (*strides, *steps))
+        run(grid, (x, then, o, *weights, cos, sin), numbers, fixed)
     return o
+
+
+def _arguments(
+    x: Tensor, then: Tensor | None, how: Lay, cos: Tensor | None, strides: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple[int | float, ...], tuple[Any, ...]]:
+    """Grid, numbers and arguments of compilation, given the strides of streams and table."""
+    length, more, tokens = x.shape[1], 0 if then is None else then.shape[1], _tokens_of(how)
+    grid = -(-length // tokens) + -(-more // tokens), x.shape[0]
+    return grid, (length, more, *strides, *how.eps), _settings(x, cos, how)
 
 
 def _launch_back(
@@ -588,8 +621,7 @@ def _launch_back(
 ) -> list[Tensor]:
     batch, length, heads, dim = x.shape
     cos, sin, *steps = _angles(x, table)
-    x, row, stride = _plain(x)
-    then, row1, stride1 = (None, 0, 0) if then is None else _plain(then)
+    x, then, strides = _plain_streams(x, then)
     more = 0 if then is None else then.shape[1]
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     tokens = _tokens_of(how)
@@ -605,7 +637,7 @@ def _launch_back(
         run(
             (sum(blocks), batch),
             (grad, x, then, dx, dthen, w0, dw0, db0, w1, dw1, db1, cos, sin),
-            (length, more, *grad.stride()[:3], row, stride, row1, stride1, *steps, *how.eps),
+            (length, more, *grad.stride()[:3], *strides, *steps, *how.eps),
             _settings(x, cos, how),
         )
     sums = [
@@ -613,6 +645,17 @@ def _launch_back(
         for part, w in zip(parts, weights, strict=True)
     ]
     return [dx, x.new_empty(0) if dthen is None else dthen, *sums]
+
+
+def _plain_streams(
+    x: Tensor, then: Tensor | None
+) -> tuple[Tensor, Tensor | None, tuple[int, int, int, int]]:
+    """Both with each token's heads in one piece, and the strides to row and token of each."""
+    x, row, token = _plain(x)
+    if then is None:
+        return x, None, (row, token, 0, 0)
+    then, *others = _plain(then)
+    return x, then, (row, token, *others)
 
 
 def _plain(x: Tensor) -> tuple[Tensor, int, int]:
