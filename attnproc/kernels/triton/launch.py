@@ -101,19 +101,24 @@ class Launcher:
                 kinds.append(tensor.dtype)
                 # The kernel would read a pointer to another device's memory as its own.
                 kinds.append(tensor.get_device())
-        if together & _ALIGNED or not _KNOWN:
+        if not _KNOWN:
             self.fn[grid](*tensors, *numbers, *fixed, **self.options)
             return None
+        aligned = not together & _ALIGNED
+        if not aligned:
+            # As the imaginary parts of complex numbers are not.
+            kinds += [pointer is not None and not pointer & _ALIGNED for pointer in pointers]
         key = (grid, numbers, fixed, *kinds)
         run = self.ready.get(key)
-        if run is not None:
+        if run is None:
+            compiled = self.fn[grid](*tensors, *numbers, *fixed, **self.options)
+            # The interpreter compiles nothing.
+            if compiled is None:
+                return None
+            run = self.ready.keep(key, compiled[(*grid, 1)])
+        else:
             run(*pointers, *numbers, *fixed)
-            return run
-        compiled = self.fn[grid](*tensors, *numbers, *fixed, **self.options)
-        # The interpreter compiles nothing.
-        if compiled is None:
-            return None
-        return self.ready.keep(key, compiled[(*grid, 1)])
+        return run if aligned else None
 
 
 class Repeated:
