@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.compiler import is_compiling
+
 from .fused import Fused
 from .norms import Norms
 from .rotary import Rotary
@@ -15,6 +17,9 @@ from .shapes import heads_first
 from .types import QKV, Arranged, Site, Streams
 
 __all__ = ["arrange", "laid"]
+
+# Elements of queries below which a pass over them takes less time than its launch.
+_FEW = 1 << 22
 
 
 def arrange(at: Site, streams: Streams) -> Arranged:
@@ -81,9 +86,14 @@ def laid(
     idle = norms.none and tables[0] is None and tables[1] is None
     if idle and text is None and (image.v is None or image.alike):
         return image
-    # At most a join is left, which torch does as fast for whole tensors.
-    whole = text is None or image.k is None or image.k.is_contiguous()
-    both = None if idle and whole else Fused(streams, norms, text_first, rotary, tables).laid()
+    if text is None:
+        # A rotary embedding alone is left to the compiler where launches decide: its own pass goes
+        # over queries and keys at once, with a third of the kernel's arguments.
+        plain = idle or (norms.none and is_compiling() and image.q.numel() < _FEW)
+    else:
+        # At most a join is left, which torch does as fast for whole tensors.
+        plain = idle and (image.k is None or image.k.is_contiguous())
+    both = None if plain else Fused(streams, norms, text_first, rotary, tables).laid()
     if both is None:
         norms.over(streams)
         if rotary is not None and rotary.over == "image":
