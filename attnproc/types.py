@@ -197,16 +197,23 @@ class Site(_Record):
         if not self.compiling and name in own:
             return own[name]
         layer = own.get("_modules", _NO_MODULES).get(name)
-        return self.setting(name, None) if layer is None else layer
+        if layer is not None:
+            return layer
+        if self.compiling and not _finds(type(self.attn), name):
+            # A layer that comes later is noticed by the registry.
+            return own.get(name)
+        return self.setting(name, None)
 
     def setting(self, name: str, default: Any) -> Any:
         """What the attention module says of itself, or the default where it says nothing."""
         attn = self.attn
+        if self.compiling:
+            # By nothing else would compiled code notice a setting that comes later.
+            return getattr(attn, name, default)
         own = attn.__dict__
         if name in own:
             return own[name]
-        # To say that it has not got something takes a module as long as a launch, and compiled
-        # code asks before every call.
+        # To say that it has not got something takes a module as long as a launch.
         for registry in ("_parameters", "_buffers", "_modules"):
             if name in own.get(registry, _NO_MODULES):
                 return own[registry][name]
