@@ -46,7 +46,8 @@ class Rotary:
 
     def tables(self, at: Site) -> tuple[Any, Any]:
         """The call's tables for queries and for keys; None for what is not rotated."""
-        cross = at.setting("is_cross_attention", False)
+        matters = "self" in (self.queries, self.keys)
+        cross = matters and at.setting("is_cross_attention", False)
         rope = at.call.rope
         key_rope = at.call.key_rope if self.keys == "own" else rope
         return (
