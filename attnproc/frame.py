@@ -172,12 +172,11 @@ def _plus_input(at: Site, image: Tensor) -> Tensor:
 
 def _over_channels(at: Site, norm: Any, x: Tensor) -> Tensor:
     """Tokens ``[B, S, C]`` normed, for which the norm sees ``[B, C, S]``."""
-    if at.compiling or not (keeps_nothing() and fusable(x) and _is_plain(norm, x)):
-        return norm(x.transpose(1, 2)).transpose(1, 2)
-    home, own = triton.groupnorm, norm._parameters
-    if not home.fits(x, norm.num_groups):
-        return norm(x.transpose(1, 2)).transpose(1, 2)
-    return home.group_norm(x, norm.num_groups, own["weight"], own["bias"], norm.eps)
+    if not at.compiling and keeps_nothing() and fusable(x) and _is_plain(norm, x):
+        home, own = triton.groupnorm, norm._parameters
+        if home.fits(x, norm.num_groups):
+            return home.group_norm(x, norm.num_groups, own["weight"], own["bias"], norm.eps)
+    return norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 def _is_plain(norm: Any, x: Tensor) -> bool:

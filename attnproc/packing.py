@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .interop import processors
+from .kernels.fusing import is_autocast
 
 __all__ = ["Packing", "joined", "pack", "unpack"]
 
@@ -118,7 +119,7 @@ class Packing(nn.Module):
         if len(biases) not in (0, len(layers)):
             return none
 
-        if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        if is_autocast(x) and x.dtype is not torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype is not weights[0].dtype:
             return none

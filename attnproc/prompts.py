@@ -17,7 +17,7 @@ from .modules import RMSNorm
 from .norms import Norms
 from .prologue import laid
 from .schedules import amount, is_off
-from .shapes import merge_heads
+from .shapes import heads_first, merge_heads
 from .types import QKV, Arranged, KernelCall, Scoring, Site, Streams
 
 __all__ = ["decoupled", "joint_decoupled", "mount_joint_prompt", "mount_prompts", "region"]
@@ -132,17 +132,12 @@ def _composed(
     """The weighted sum by a call of the kernel for branches with equally many tokens."""
     groups: dict[int, list[Branch]] = {}
     for k, v, weight in branches:
-        branch = Branch(_heads(k, q.shape[3]), _heads(v, q.shape[3]), weight)
+        branch = Branch(heads_first(k, q.shape[3]), heads_first(v, q.shape[3]), weight)
         groups.setdefault(branch.k.shape[2], []).append(branch)
     total = None
     for alike in groups.values():
         total = _added(total, alike, q, kernel, scoring)
     return total
-
-
-def _heads(x: Tensor, dim: int) -> Tensor:
-    """``[B, H, tokens, D]`` of ``[B, tokens, H*D]``."""
-    return x.view(*x.shape[:2], -1, dim).transpose(1, 2)
 
 
 def _added(

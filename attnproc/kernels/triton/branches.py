@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .launch import Launcher, Plans, Repeated, operator, wrap_triton
+from .launch import Launcher, Plans, Repeated, operator, padded, wrap_triton
 
 __all__ = ["MOST", "Branch", "attended", "fits"]
 
@@ -292,12 +292,7 @@ def _fixed(heads: int, dim: int, keys: int, size: int) -> tuple[int, ...]:
     Heads, channels, channels of a tile, keys of the longest prompt in whole tiles, keys of a tile,
     queries of a tile.
     """
-    wide = _padded(dim)
-    at_once = max(16, min(_ROWS, _padded(keys), _TILE // (wide * size)))
+    wide = padded(dim)
+    at_once = max(16, min(_ROWS, padded(keys), _TILE // (wide * size)))
     queries = max(16, min(_ROWS, _QUERIES // (wide * size)))
     return heads, dim, wide, -(-keys // at_once) * at_once, at_once, queries
-
-
-def _padded(size: int) -> int:
-    """The side of a tile: matrix products need 16."""
-    return max(16, 1 << (size - 1).bit_length())

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..fusing import INTERPRETED
 
-__all__ = ["Launcher", "Plans", "Repeated", "Run", "operator", "wrap_triton"]
+__all__ = ["Launcher", "Plans", "Repeated", "Run", "operator", "padded", "wrap_triton"]
 
 _ALIGNED = 15
 # How many kinds of calls are kept; shapes of a model are few.
@@ -162,6 +162,11 @@ class Repeated:
 def _is_current(tensor: Any) -> bool:
     """Whether launches go to a tensor's device now."""
     return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+
+
+def padded(size: int) -> int:
+    """The side of a tile for so many rows or columns: a power of two, and products need 16."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:

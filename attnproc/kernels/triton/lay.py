@@ -17,7 +17,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from .launch import Launcher, Plans, Repeated, Run, operator, wrap_triton
+from .launch import Launcher, Plans, Repeated, Run, operator, padded, wrap_triton
 
 __all__ = ["Lay", "lay"]
 
@@ -551,7 +551,7 @@ def _settings(x: Tensor, cos: Tensor | None, how: Lay) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=1024)
 def _fixed(how: Lay, heads: int, dim: int, per_head: bool) -> tuple[Any, ...]:
     """Arguments of compilation: what is done, and the tile's tokens, heads and channels."""
-    width = max(16, 1 << (dim - 1).bit_length())
+    width = padded(dim)
     most = 1 << (heads - 1).bit_length()
     tokens = _tokens_of(how)
     at_once = max(1, min(most, _HELD // (width * tokens)))

@@ -16,7 +16,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from .launch import Launcher, Run, operator, wrap_triton
+from .launch import Launcher, Run, operator, padded, wrap_triton
 
 __all__ = ["linear_attention"]
 
@@ -291,7 +291,7 @@ def _split(tokens: int) -> tuple[int, int]:
 
 def _tile(dim: int) -> tuple[int, int, int]:
     """Channels, their power of two, and the tokens of a tile."""
-    return dim, max(16, 1 << (dim - 1).bit_length()), _TILE
+    return dim, padded(dim), _TILE
 
 
 def _forward(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher, Repeated
+from .launch import Launcher, Repeated, padded
 
 __all__ = ["KeyMaps", "fits"]
 
@@ -81,7 +81,7 @@ def _maps(
 @functools.lru_cache(maxsize=1024)
 def fits(keys: int, dim: int, labels: int, size: int) -> bool:
     """Whether a program can hold a head's keys, of `size` bytes a number, and the choice."""
-    held, channels, chosen = (_padded(n) for n in (keys, dim, labels))
+    held, channels, chosen = (padded(n) for n in (keys, dim, labels))
     # For its products a float32 is split in two.
     room = held * channels * (8 if size == 4 else size)
     return room <= _MOST and held * chosen * 4 <= _MOST
@@ -92,15 +92,10 @@ def _fixed(
     heads: int, key_heads: int, keys: int, dim: int, labels: int, size: int
 ) -> tuple[int, ...]:
     """Arguments of compilation that sizes decide."""
-    held, channels = _padded(keys), _padded(dim)
+    held, channels = padded(keys), padded(dim)
     stages = 2 if held * channels * size <= _AHEAD else 1
     group = heads // key_heads
-    return heads, group, labels, dim, _TILE, held, _padded(labels), channels, stages
-
-
-def _padded(n: int) -> int:
-    """The next power of two, at least what a product of tiles takes."""
-    return max(16, 1 << (n - 1).bit_length())
+    return heads, group, labels, dim, _TILE, held, padded(labels), channels, stages
 
 
 class KeyMaps:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ...packing import joined
-from .launch import Launcher, Run, operator, wrap_triton
+from .launch import Launcher, Run, operator, padded, wrap_triton
 
 __all__ = ["normed_grid", "scaled_products"]
 
@@ -223,8 +223,8 @@ def _scale(
 def _tile(size: int, dim: int) -> tuple[int, ...]:
     """Arguments of compilation: neighbours, channels of a group and of a tile, and its pixels."""
     wide = max(1, _WIDE // dim) * dim
-    padded = max(16, 1 << (wide - 1).bit_length())
-    return size, dim, wide, padded, _SIDE, max(1, _HELD // padded // _SIDE)
+    whole = padded(wide)
+    return size, dim, wide, whole, _SIDE, max(1, _HELD // whole // _SIDE)
 
 
 def _normed(
