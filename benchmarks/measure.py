@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
     "RISE",
@@ -27,6 +28,7 @@ __all__ = [
     "by_turns",
     "graphed",
     "host",
+    "kernel_times",
     "noiseless",
     "peak_mib",
     "time_limit",
@@ -167,6 +169,25 @@ def graphed(call: Call, copies: int = 1) -> Call:
         _renew_generator()
         raise
     return graph.replay
+
+
+def kernel_times(call: Call, times: int = 20) -> dict[str, tuple[float, float]]:
+    """What the GPU does in a call, the longest first.
+
+    Returns:
+        By the kernel's name how often a call launches it, and the ms that takes together.
+    """
+    _warm(call, "cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+    found = {
+        event.key: (event.count / times, round(event.device_time_total / times / 1e3, 5))
+        for event in seen.key_averages()
+        if event.device_time_total
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
 def _renew_generator() -> None:

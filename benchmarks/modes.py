@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import compiled as compiling
 import torch
-from measure import RISE, Call, Times, by_turns, graphed, host, peak_mib
+from measure import RISE, Call, Times, by_turns, graphed, host, kernel_times, peak_mib
 from sides import SIDES, difference
 
 __all__ = ["COMMON", "Both", "Found", "Mode", "Options", "gated", "reason"]
@@ -145,6 +145,23 @@ def peak(both: Both, options: Options) -> Found:
     return found
 
 
+def kernels(both: Both, options: Options) -> Found:
+    if options.device != "cuda":
+        return {}
+    calls: dict[str, Callable[[], Any]] = {side: both.call(side) for side in SIDES}
+    found: Found = {side: {"kernels": kernel_times(call)} for side, call in calls.items()}
+    if "compiled" not in options.modes:
+        return found
+    compiling.forget()
+    made, failures = _each(
+        lambda side: compiling.compiled(calls[side], options.compile_limit), "compiled kernels"
+    )
+    for side, one in made.items():
+        found[side]["compiled_kernels"] = kernel_times(one.call)
+    compiling.forget()
+    return found | failures
+
+
 # In this order whatever is asked: a call that can't be captured may leave the device unwell.
 COMMON: dict[str, Mode] = {
     "eager": eager,
@@ -152,6 +169,7 @@ COMMON: dict[str, Mode] = {
     "backward": backward,
     "compiled": compiled,
     "replayed": replayed,
+    "kernels": kernels,
     "graph": graph,
 }
 

@@ -12,6 +12,7 @@ pass is timed. Then the modes, the sides by turns:
     compiled  under torch.compile, with the number of graphs and breaks
     replayed  under torch.compile in the mode "reduce-overhead": as a CUDA graph
     backward  forward and backward pass: wall time and, on a GPU, as a graph
+    kernels   what the GPU does in a call, kernel by kernel; compiled too if that is asked
     peak      memory above what was held before: forward, and backward if that is asked too
     floor     the linear layers and the fastest attention kernel alone, compiled too if that is
               asked (benchmarks/floor.py)
@@ -42,7 +43,7 @@ def main(
     modes: Annotated[
         str,
         typer.Option(
-            help="Of eager, graph, compiled, replayed, backward, peak, floor, by commas."
+            help="Of eager, graph, compiled, replayed, kernels, backward, peak, floor, by commas."
         ),
     ] = "eager,graph,peak,floor",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",

@@ -19,6 +19,7 @@ from .plan import AUTO, Refused
 from .reference import REFERENCE
 from .sage import SAGE
 from .scope import backend
+from .short import SHORT
 from .takes import KINDS, Ask, Takes, ask, why_not
 from .timing import Timing, Tuned, autotune
 from .tuned import use_table
@@ -42,6 +43,7 @@ __all__ = [
     "RELU_ADAPTIVE",
     "RELU_LINEAR",
     "SDPA",
+    "SHORT",
     "VARLEN",
     "XFORMERS",
     "XLA",
@@ -71,7 +73,7 @@ __all__ = [
 ]
 
 _KERNELS = (
-    *(AUTO, SDPA, FLASH, CUDNN, EFFICIENT, MATH, VARLEN, FLEX, CHUNKED, REFERENCE),
+    *(AUTO, SDPA, FLASH, CUDNN, EFFICIENT, MATH, SHORT, VARLEN, FLEX, CHUNKED, REFERENCE),
     *(FLASH2, FLASH3, FLASH4, *SAGE, *STRICT, *HUB),
 )
 for _kernel in _KERNELS:

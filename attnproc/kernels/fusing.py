@@ -20,6 +20,7 @@ __all__ = [
     "fusable",
     "is_autocast",
     "is_transformed",
+    "is_wanted",
     "keeps_nothing",
     "use_fused",
     "withheld",
@@ -43,6 +44,15 @@ def use_fused(wanted: bool) -> None:
     """
     global _wanted
     _wanted = wanted
+    # Which kernel serves a call was worked out once for each kind.
+    from .plan import forget
+
+    forget()
+
+
+def is_wanted() -> bool:
+    """Whether fused kernels are turned on."""
+    return _wanted
 
 
 def fusable(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from .channel import by_channel, worth_a_channel
 from .chunked import CHUNKED
 from .flex import FLEX
 from .native import BOUNDED, SDPA, sdpa
+from .short import SHORT, is_short, worth_it
 from .takes import Ask, Takes, ask, why_not
 from .tuned import is_tuned, tuned
 from .varlen import VARLEN
@@ -42,7 +43,7 @@ class Refused(ValueError):
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The kernel that the table or the rules pick for this kind of call."""
-    if scoring.only_causal and not is_tuned(q):
+    if scoring.only_causal and not is_short(q, k) and not is_tuned(q):
         return sdpa(q, k, v, scoring)
     if worth_parting(q, k, v, scoring):
         o = apart(q, k, v, scoring)
@@ -88,6 +89,8 @@ def _order(asked: Ask) -> tuple[Kernel, ...]:
     """What to try, the best first."""
     # Padding by a mask was faster than packing in 3 of 4 models on an H100, and takes a fifth of
     # the memory (benchmarks/results/kernels-nvidia-h100-80gb-hbm3.json).
+    if asked.kinds <= {"causal"} and worth_it(asked):
+        return SHORT, SDPA
     if asked.kinds <= {"causal"} or asked.kinds <= {"keys", "dense", "bias", "learned"}:
         return (SDPA,)
     # As one dense mask this would be Q x K.

@@ -103,8 +103,9 @@ class Takes:
 
 def ask(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, lse: bool = False) -> Ask:
     """What kind of call this is; q ``[B, H, Q, D]``, k and v ``[B, H', K, D]``."""
-    found = kinds(scoring)
+    found, scale = kinds(scoring), scoring.scale
     grad = torch.is_grad_enabled()
+    learned = "learned" in found or (isinstance(scale, Tensor) and scale.requires_grad)
     return Ask(
         device=q.device.type,
         dtype=q.dtype,
@@ -116,8 +117,7 @@ def ask(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, lse: bool = False) ->
         dim=q.shape[3],
         v_dim=v.shape[3],
         kinds=found,
-        backward=grad
-        and (q.requires_grad or k.requires_grad or v.requires_grad or "learned" in found),
+        backward=grad and (q.requires_grad or k.requires_grad or v.requires_grad or learned),
         lse=lse,
         dropout=scoring.dropout > 0,
         compiling=torch.compiler.is_compiling(),

@@ -16,5 +16,9 @@ if TYPE_CHECKING:
     from . import merge as merge
     from . import multiscale as multiscale
     from . import residual as residual
+    from . import short as short
 
-FILES = ("branches", "groupnorm", "lay", "linear", "maps", "merge", "multiscale", "residual")
+FILES = (
+    *("branches", "groupnorm", "lay", "linear", "maps", "merge", "multiscale", "residual"),
+    "short",
+)
