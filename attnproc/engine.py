@@ -68,8 +68,8 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
         kernel = partial(wrapper, kernel)
     o = kernel(q, k, v, scoring)  # [B, H, Q, D]
     del q, k, v
-    if scoring.keep is not None:
-        o = o * scoring.keep[:, None, :, None]
+    # What wraps the kernel may hold on to its output.
+    o = scoring.kept(o, at.keeps_nothing and not at.recipe.around)
 
     span = scoring.image
     if home is not None:

@@ -69,7 +69,7 @@ def valid_text(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:
     over_keys = [part for part in _parts(mask) if isinstance(part, Keys)]
     keep = fold(All(tuple(over_keys)), Scoring(), room).mask
     scoring = fold(mask, scoring, room)
-    return scoring.but(keep=keep.valid if isinstance(keep, Keys) else None)
+    return scoring.but(keep=keep if isinstance(keep, Keys) else None)
 
 
 def unmasked(at: Site, arranged: Arranged, scoring: Scoring) -> Scoring:

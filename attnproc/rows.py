@@ -36,9 +36,9 @@ def scoring_of(scoring: Scoring, rows: Sequence[int], batch: int) -> Scoring:
         # A mask for the unperturbed rows alone holds for the perturbed ones too.
         mask = type(mask)(rows_from(mask[0], [row % mask[0].shape[0] for row in rows]))
     mods = tuple(_mod_of(mod, rows, batch) for mod in scoring.mods)
-    return scoring.but(
-        mask=mask, mods=mods, keep=None if keep is None else rows_from(keep, rows)
-    )
+    if keep is not None:
+        keep = keep._replace(valid=rows_from(keep.valid, rows))
+    return scoring.but(mask=mask, mods=mods, keep=keep)
 
 
 def rows_from(t: Tensor, rows: Sequence[int]) -> Tensor:

@@ -372,8 +372,8 @@ class Scoring(_Record):
     """Where the image tokens stand among the queries, with a text joined to them: start, stop."""
     image_keys: tuple[int, int] | None = None
     """Where the image tokens stand among the keys, with a text joined to them."""
-    keep: Tensor | None = None
-    """bool ``[B, Q]``: outputs of other queries are set to zero."""
+    keep: Keys | None = None
+    """Queries, in the place of keys: outputs of those that are not valid are set to zero."""
     eps: float = 1e-15
     """Added to the normaliser by linear attention."""
     window: tuple[int | None, int | None] | None = None
@@ -387,6 +387,18 @@ class Scoring(_Record):
     def only_causal(self) -> bool:
         """Whether nothing masks but causality, if that."""
         return self.mask is None and self.window is None and len(self.mods) == 0
+
+    def kept(self, o: Tensor, in_place: bool) -> Tensor:
+        """The output ``[B, H, Q, D]`` with zeros for queries that do not count."""
+        keep = self.keep
+        if keep is None:
+            return o
+        if not in_place or keep.within is None:
+            return o * keep.valid[:, None, :, None]
+        # Mostly padding of a text, a hundredth of the queries.
+        some = slice(*keep.within)
+        o[:, :, some].mul_(keep.valid[:, None, some, None])
+        return o
 
 
 class FrameStep(Protocol):

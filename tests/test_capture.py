@@ -383,7 +383,7 @@ def naive_weights(q: Tensor, k: Tensor, scoring: Scoring, linear: bool) -> Tenso
             scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         )
     weights = scores.softmax(dim=-1).nan_to_num(0)
-    return weights if scoring.keep is None else weights * scoring.keep[:, None, :, None]
+    return weights if scoring.keep is None else weights * scoring.keep.valid[:, None, :, None]
 
 
 # Of every class the plainest configuration, and those with masks, fewer key heads and texts.

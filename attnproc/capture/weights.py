@@ -70,7 +70,7 @@ def weights(
             # Without a mask no query is without keys.
             found = found.masked_fill(norm == -torch.inf, 0) if masked else found
         if scoring.keep is not None:
-            found = found * take(scoring.keep, some, 1)[:, None, :, None]
+            found = found * take(scoring.keep.valid, some, 1)[:, None, :, None]
         yield found
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..types import Keys, Scoring
+from . import triton
+from .fusing import fusable, keeps_nothing
 from .lse import gives_lse, with_lse
 
 __all__ = ["apart", "worth_parting"]
@@ -51,5 +53,7 @@ def apart(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor | None:
     if most is None:
         return None
     (o, lse), (more, more_lse) = most, some
+    if keeps_nothing() and fusable(o):
+        return triton.merge.merge(o, lse, more, more_lse, o.dtype)[0]
     weight = torch.sigmoid(more_lse - lse).unsqueeze(-1)
     return torch.lerp(o, more, weight.to(o.dtype))

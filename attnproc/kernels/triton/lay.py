@@ -108,6 +108,25 @@ def _angle(
 
 
 @triton.jit
+def _of_pairs(
+    ptr, rows, live, h, s_row, s_head, s_channel,
+    PER_HEAD: tl.constexpr, STEP: tl.constexpr, TURNED: tl.constexpr, H: tl.constexpr,
+    T: tl.constexpr, HB: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Entries ``[T, HB or 1, DP / 2]`` of a table for either channel of each pair."""
+    HT: tl.constexpr = HB if PER_HEAD else 1
+    if STEP == 2:
+        one = _angle(ptr, rows, live, h, tl.arange(0, DP // 2), s_row, s_head, s_channel,
+                     PER_HEAD, 1, TURNED // 2, H)  # fmt: skip
+        other = one
+    else:
+        both = _angle(ptr, rows, live, h, tl.arange(0, DP), s_row, s_head, s_channel,
+                      PER_HEAD, STEP, TURNED, H)  # fmt: skip
+        one, other = tl.split(tl.reshape(both, (T, HT, DP // 2, 2)))
+    return one, other
+
+
+@triton.jit
 def _normed(
     x, mean, inverse, w_ptr, b_ptr, h, d,
     NORM: tl.constexpr, ACROSS: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
@@ -197,20 +216,21 @@ def _stream(
                 mean, inverse = _statistics(x, inside, eps, NORM, D)
             y = _normed(x, mean, inverse, w_ptr, b_ptr, h, d, NORM, ACROSS, H, D)
         if TURN:
-            HT: tl.constexpr = HB if PER_HEAD else 1
-            cos = _angle(cos_ptr, rows, live, h, d, s_row, s_head, s_channel,
-                         PER_HEAD, STEP, TURNED, H)  # fmt: skip
-            sin = _angle(sin_ptr, rows, live, h, d, s_row, s_head, s_channel,
-                         PER_HEAD, STEP, TURNED, H)  # fmt: skip
             if WIDTH == 2:
                 real, imag = tl.split(tl.reshape(y, (T, HB, DP // 2, 2)))
-                cos_r, cos_i = tl.split(tl.reshape(cos, (T, HT, DP // 2, 2)))
-                sin_r, sin_i = tl.split(tl.reshape(sin, (T, HT, DP // 2, 2)))
+                cos_r, cos_i = _of_pairs(cos_ptr, rows, live, h, s_row, s_head, s_channel,
+                                         PER_HEAD, STEP, TURNED, H, T, HB, DP)  # fmt: skip
+                sin_r, sin_i = _of_pairs(sin_ptr, rows, live, h, s_row, s_head, s_channel,
+                                         PER_HEAD, STEP, TURNED, H, T, HB, DP)  # fmt: skip
                 turned = tl.reshape(
                     tl.join(real * cos_r - imag * sin_r, imag * cos_i + real * sin_i),
                     (T, HB, DP),
                 )
             else:
+                cos = _angle(cos_ptr, rows, live, h, d, s_row, s_head, s_channel,
+                             PER_HEAD, STEP, TURNED, H)  # fmt: skip
+                sin = _angle(sin_ptr, rows, live, h, d, s_row, s_head, s_channel,
+                             PER_HEAD, STEP, TURNED, H)  # fmt: skip
                 p, is_first = _partner(d, WIDTH)
                 other = _at(x_ptr, wide, live, h, p, stride, H, D)
                 if NORM != _NONE:
