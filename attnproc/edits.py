@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .schedules import Schedule
+from .shapes import for_rows
 from .types import Arranged, Site
 
 __all__ = ["FirstFrame", "detach_first_token"]
@@ -45,7 +46,8 @@ class FirstFrame:
                 "videos do not divide"
             )
         if k.shape[0] < batch:
-            return self._of_all(k, batch), self._of_all(v, batch)
+            # They are of the first frames already.
+            return k, v
         strength = self._strength()
         steady = not isinstance(strength, Tensor)
         if steady and strength == 0:
@@ -74,13 +76,7 @@ class FirstFrame:
         return torch.cat((self._first(t[:, :, :image]), t[:, :, image:]), dim=2)
 
     def _first(self, t: Tensor) -> Tensor:
-        return self._of_all(t[:: t.shape[0] // self.batch_size], t.shape[0])
-
-    def _of_all(self, t: Tensor, batch: int) -> Tensor:
-        """Keys or values ``[videos, H, K, D]`` of the first frames for all of the batch."""
-        # Tokens first, as they lie in memory.
-        frames = t.transpose(1, 2).unsqueeze(1).expand(-1, batch // self.batch_size, -1, -1, -1)
-        return frames.flatten(0, 1).transpose(1, 2)
+        return for_rows(t[:: t.shape[0] // self.batch_size], t.shape[0])
 
 
 def detach_first_token(

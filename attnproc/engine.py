@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .kernels import choose
+from .kernels.around import grouped
 from .parallel import beside, own_call, spread_out
 from .prologue import arrange
 from .shapes import merge_heads
@@ -66,6 +67,8 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     del arranged
     for wrapper in reversed(whole.recipe.around):
         kernel = partial(wrapper, kernel)
+    if k.shape[0] < q.shape[0]:
+        kernel = partial(grouped, kernel)
     o = kernel(q, k, v, scoring)  # [B, H, Q, D]
     del q, k, v
     # What wraps the kernel may hold on to its output.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 __all__ = [
+    "for_rows",
     "from_grid",
     "heads_first",
     "merge_heads",
@@ -40,6 +41,13 @@ def merge_heads(o: Tensor, by_strides: bool = False) -> Tensor:
         if o.stride() == (tokens * channels, dim, channels, 1):
             return o.as_strided((batch, tokens, channels), (tokens * channels, channels, 1))
     return o.transpose(1, 2).flatten(2)
+
+
+def for_rows(t: Tensor, batch: int) -> Tensor:
+    """Keys or values ``[rows, H, K, D]``, each for as many rows of the batch that follow."""
+    # Tokens first, as they lie in memory.
+    each = t.transpose(1, 2).unsqueeze(1).expand(-1, batch // t.shape[0], -1, -1, -1)
+    return each.flatten(0, 1).transpose(1, 2)
 
 
 def from_grid(x: Tensor) -> Tensor:

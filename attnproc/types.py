@@ -424,6 +424,7 @@ class FrameStep(Protocol):
 LinearPart = Callable[[Site, str, Tensor, "Tensor | None"], "Tensor | None"]
 ProjectPart = Callable[[Site, Tensor, "Tensor | None"], Streams]
 NormPart = Callable[[Site, bool], "Norms"]
+# Of fewer rows than queries where several that follow one another see the same keys.
 EditPart = Callable[[Site, Arranged, Tensor, Tensor], tuple[Tensor, Tensor]]
 MaskPart = Callable[[Site, Arranged, Scoring], Scoring]
 ScalePart = Callable[[Site], "float | Tensor | None"]

@@ -415,7 +415,7 @@ def test_maps_equal_plain_attention_in_every_configuration(case: Any) -> None:
     expected = naive_weights(q, k, scoring, linear)
     if not proc.recipe.around:
         wide = expected @ v.double().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        o = o if scoring.keep is None else o * scoring.keep[:, None, :, None]
+        o = o if scoring.keep is None else o * scoring.keep.valid[:, None, :, None]
         torch.testing.assert_close(o.double(), wide, rtol=1e-4, atol=1e-5)
     for slab in ("image-text", "text-image", "image-image"):
         if slab == "text-image" and scoring.image is None:

@@ -28,6 +28,7 @@ from attnproc.kernels import (
     use_hub,
     why_not,
 )
+from attnproc.kernels.around import grouped
 from attnproc.kernels.channel import by_channel, worth_a_channel
 from attnproc.kernels.oracle import oracle
 from attnproc.kernels.packed import pack
@@ -316,3 +317,20 @@ def test_32768_tokens_with_padding_take_less_than_2_gib(name: str) -> None:
     before, peak = map(int, out.stdout.split())
     print(f"{name}: {before / 1024:.0f} MiB before, {peak / 1024:.0f} MiB at the peak")
     assert peak < 2 * 1024 * 1024
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "keys", "bias"])
+def test_rows_that_see_the_same_keys(kind: str) -> None:
+    q = torch.randn(6, 3, 5, 8, dtype=torch.float64)
+    k, v = (torch.randn(2, 3, 7, 8, dtype=torch.float64) for _ in "kv")
+    scoring = {
+        "plain": Scoring(scale=0.3),
+        "causal": Scoring(causal=True),
+        "keys": Scoring(mask=Keys(torch.arange(7) < torch.arange(1, 7)[:, None])),
+        "bias": Scoring(mask=Bias(torch.randn(6, 1, 5, 7, dtype=torch.float64))),
+    }[kind]
+    many = [t.repeat_interleave(3, dim=0) for t in (k, v)]
+    found = grouped(REFERENCE, q, k, v, scoring)
+    torch.testing.assert_close(found, REFERENCE(q, *many, scoring))
+    with pytest.raises(ValueError, match="a batch of 6, which the 4 of its keys do not divide"):
+        grouped(REFERENCE, q, k.repeat(2, 1, 1, 1), v, scoring)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..rows import scoring_of
+from ..shapes import for_rows
 from ..types import AroundPart, Bias, KernelCall, Keys, Mask, Scoring
 from .base import Kernel
 from .lse import gives_lse, with_lse
 from .reference import expand_heads, factor, masked_softmax
 from .visible import OfRows, dense_mask
 
-__all__ = ["Perturbed", "Sliced", "identity"]
+__all__ = ["Perturbed", "Sliced", "grouped", "identity"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,36 @@ def _part(mask: Mask | None, rows: slice, heads: slice) -> Mask | None:
     if isinstance(mask, Keys):
         return Keys(mask.valid[rows])
     return Bias(mask.values[rows, heads if mask.values.shape[1] > 1 else slice(None)])
+
+
+def grouped(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """Rows of the batch that see the same keys, as one row with the queries of all.
+
+    Args:
+        kernel: It sees as many rows as there are keys, unless a mask tells queries apart.
+        q: ``[rows * n, H, Q, D]``, where n rows that follow one another see the same keys.
+        k: ``[rows, H', K, D]``.
+        v: As `k`.
+        scoring: Masks and scale.
+
+    Returns:
+        ``[rows * n, H, Q, D]``.
+
+    Raises:
+        ValueError: The rows of keys do not divide the batch.
+    """
+    batch, heads, queries, dim = q.shape
+    if batch % k.shape[0]:
+        raise ValueError(
+            f"hidden_states has a batch of {batch}, which the {k.shape[0]} of its keys do not "
+            "divide"
+        )
+    if scoring.causal or not scoring.only_causal:
+        return kernel(q, for_rows(k, batch), for_rows(v, batch), scoring)
+    # Tokens first, as they lie in memory.
+    q = q.transpose(1, 2).reshape(k.shape[0], -1, heads, dim).transpose(1, 2)
+    o = kernel(q, k, v, scoring).transpose(1, 2)
+    return o.reshape(batch, queries, heads, -1).transpose(1, 2)
 
 
 def identity(kernel: KernelCall, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
