@@ -74,7 +74,9 @@ def called(layer: Any, x: Tensor, compiling: bool) -> Tensor:
     guard for whatever is looked at.
     """
     if compiling:
-        return layer(x)
+        # Of a stream of a joint sequence torch makes a copy anyway, but adds the bias in a pass of
+        # its own where it does so by itself.
+        return layer(x.contiguous())
     if layer.__class__ is not nn.Linear or is_watched(layer):
         return layer(x)
     own = layer._parameters
@@ -85,7 +87,13 @@ def called(layer: Any, x: Tensor, compiling: bool) -> Tensor:
     bias = own["bias"]
     if not x.is_cuda and is_slow(x, weight):
         return widened(x, weight, bias)
-    return F.linear(x, weight, bias) if x.is_contiguous() else _product(x, weight, bias)
+    if not x.is_contiguous():
+        return _product(x, weight, bias)
+    if bias is None and x.ndim == 3 and x.is_cuda:
+        # Without a bias torch looks through all kinds of products first, unless it sees a matrix.
+        rows, tokens, width = x.shape
+        return F.linear(x.view(rows * tokens, width), weight).view(rows, tokens, weight.shape[0])
+    return F.linear(x, weight, bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -146,6 +154,15 @@ def dropout(at: Site, layers: Any, x: Tensor) -> Tensor:
     return x if idle else drop(x)
 
 
+def _layers_of(proc: Any) -> dict[str, Any]:
+    """The layers that a processor holds, if any."""
+    # To say that it has not got one takes a module as long as a launch.
+    return proc.__dict__.get("_modules", _NONE)
+
+
+_NONE: dict[str, Any] = {}
+
+
 class LoRALinear(nn.Module):
     """Low-rank update ``(alpha / rank) up(down(x))`` of a linear layer; `up` is zero at first.
 
@@ -200,7 +217,7 @@ class LoRA:
         return "lora" if self.name == "lora" else f"{self.name}_lora"
 
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
-        update = getattr(at.proc, f"{name}_{self.suffix}", None)
+        update: Any = _layers_of(at.proc).get(f"{name}_{self.suffix}")
         weight: Any = at.proc.lora_weights.get(self.name, 1.0)
         if update is None or is_off(weight) or is_off(at.call.lora_scale):
             return y
@@ -241,13 +258,15 @@ class CustomDiffusion:
     name: ClassVar[str] = "custom_diffusion"
 
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
-        layer = getattr(at.proc, f"{name}_custom_diffusion", None)
+        layer: Any = _layers_of(at.proc).get(f"{name}_custom_diffusion")
         if layer is None:
             return y
-        if isinstance(layer, ModuleList):
-            return called(layer[0], x, at.compiling)
-        y = called(layer, x.to(layer.weight.dtype), at.compiling)
-        return y.to(at.attn.to_q.weight.dtype)
+        if layer.__class__ is ModuleList:
+            return called(layer._modules["0"], x, at.compiling)
+        dtype = layer.weight.dtype
+        y = called(layer, x if x.dtype is dtype else x.to(dtype), at.compiling)
+        dtype = at.held("to_q").weight.dtype
+        return y if y.dtype is dtype else y.to(dtype)
 
 
 def mount_custom_diffusion(

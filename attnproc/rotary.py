@@ -127,10 +127,16 @@ class Table(NamedTuple):
 def table_of(form: Callable[[Tensor, Any], Tensor], table: Any) -> Table | None:
     """A form's table in one layout; None for a form or a shape that is not known."""
     if form is pairs or form is halves:
-        cos, sin = (part[None] if part.ndim == 2 else part for part in table)
+        cos, sin = table
         turned = cos.shape[-1]
         width = 2 if form is pairs else turned
-        return Table(cos.unsqueeze(2), sin.unsqueeze(2), width, turned) if cos.ndim == 3 else None
+        if cos.ndim == sin.ndim == 2:
+            # One view in place of two, of which there are two for every call.
+            cos, sin = cos.view(1, -1, 1, turned), sin.view(1, -1, 1, sin.shape[-1])
+            return Table(cos, sin, width, turned)
+        if cos.ndim != 3 or sin.ndim != 3:
+            return None
+        return Table(cos.unsqueeze(2), sin.unsqueeze(2), width, turned)
     if form is per_head:
         cos, sin = (part[None] if part.ndim == 3 else part for part in table)
         return Table(cos, sin, 2, 2 * cos.shape[-1], 2) if cos.ndim == 4 else None

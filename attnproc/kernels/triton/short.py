@@ -27,7 +27,6 @@ def _rows(ptr, n, d, count, stride, D: tl.constexpr):
     return tl.load(ptr + n[:, None] * stride + d[None, :], mask=inside, other=0.0)
 
 
-@Launcher
 @triton.jit
 def _attend(
     q, k, v, o, queries, keys, q_batch, q_head, q_token, k_batch, k_head, k_token,
@@ -57,6 +56,10 @@ def _attend(
     tl.store(o + m[:, None] * (H * D) + d[None, :], found.to(o.dtype.element_ty), mask=inside)
 
 
+# By the warps of a program.
+_ATTEND = {warps: Launcher(_attend, num_warps=warps) for warps in (1, 2, 4, 8)}
+
+
 def attended(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
     """Attention among few tokens; there are no gradients.
 
@@ -82,7 +85,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None)
         launch = _LAUNCHES[kind]
     except KeyError:
         arguments = _arguments(q, k, v, causal, factor)
-        launch = _LAUNCHES.keep(kind, Repeated(_attend, *arguments))
+        launch = _LAUNCHES.keep(kind, Repeated(_launcher(arguments[2]), *arguments))
     o = _room(q)
     if o.numel():
         launch(q, k, v, o)
@@ -97,12 +100,18 @@ def _operator(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Te
     o = _room(q)
     if o.numel():
         grid, numbers, fixed = _arguments(q, k, v, causal, scale)
-        wrap_triton(_attend)(grid, (q, k, v, o), numbers, fixed)
+        wrap_triton(_launcher(fixed))(grid, (q, k, v, o), numbers, fixed)
     return o
 
 
 # By itself, as compiled code checks each name on the way to it.
 _TRACED = torch.ops.attnproc.short.default
+
+
+def _launcher(fixed: tuple[int, ...]) -> Launcher:
+    """The kernel with as many warps as its tiles keep busy: elements of scores by channels."""
+    _, _, _, channels, queries, keys, _ = fixed
+    return _ATTEND[max(1, min(8, channels * queries * keys >> 16))]
 
 
 def _room(q: Tensor) -> Tensor:
