@@ -132,7 +132,7 @@ def table_of(form: Callable[[Tensor, Any], Tensor], table: Any) -> Table | None:
         width = 2 if form is pairs else turned
         if cos.ndim == sin.ndim == 2:
             # One view in place of two, of which there are two for every call.
-            cos, sin = cos.view(1, -1, 1, turned), sin.view(1, -1, 1, sin.shape[-1])
+            cos, sin = (part.view(1, part.shape[0], 1, part.shape[1]) for part in table)
             return Table(cos, sin, width, turned)
         if cos.ndim != 3 or sin.ndim != 3:
             return None
