@@ -87,13 +87,7 @@ def called(layer: Any, x: Tensor, compiling: bool) -> Tensor:
     bias = own["bias"]
     if not x.is_cuda and is_slow(x, weight):
         return widened(x, weight, bias)
-    if not x.is_contiguous():
-        return _product(x, weight, bias)
-    if bias is None and x.ndim == 3 and x.is_cuda:
-        # Without a bias torch looks through all kinds of products first, unless it sees a matrix.
-        rows, tokens, width = x.shape
-        return F.linear(x.view(rows * tokens, width), weight).view(rows, tokens, weight.shape[0])
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if x.is_contiguous() else _product(x, weight, bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,8 +115,12 @@ def _goes_by_rows(x: Tensor, weight: Tensor) -> bool:
     return plain and long and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"))
 
 
-# Hooks of all modules are variables of this one.
-_GLOBAL: Any = module
+# Hooks of all modules: torch changes these in place.
+_MODULE: Any = module
+_FORWARD: Any = _MODULE._global_forward_hooks
+_FORWARD_PRE: Any = _MODULE._global_forward_pre_hooks
+_BACKWARD: Any = _MODULE._global_backward_hooks
+_BACKWARD_PRE: Any = _MODULE._global_backward_pre_hooks
 
 
 def is_watched(layer: Any) -> bool:
@@ -133,10 +131,10 @@ def is_watched(layer: Any) -> bool:
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__
-        or _GLOBAL._global_forward_hooks
-        or _GLOBAL._global_forward_pre_hooks
-        or _GLOBAL._global_backward_hooks
-        or _GLOBAL._global_backward_pre_hooks
+        or _FORWARD
+        or _FORWARD_PRE
+        or _BACKWARD
+        or _BACKWARD_PRE
     )
 
 

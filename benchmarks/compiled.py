@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from measure import time_limit
 from torch._dynamo.utils import counters
 
 __all__ = ["Compiled", "compiled", "forget"]
+
+# A pool of compilers starts as many processes as there are cores, amid the timing.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @dataclass(frozen=True)

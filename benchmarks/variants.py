@@ -120,6 +120,10 @@ VARIANTS = [
     _like("lumina-self-4096-gqa", "odd", (2, 1021, 2304), text=(2, 1021, 2304)),
     _like("mochi-16384+256-masked", "odd", (2, 1021, 3072)),
     _like("mochi-vae-temporal", "7-frames", (1000, 7, 768)),
+    # Attention over time: of AnimateDiff, and of Stable Video Diffusion.
+    _self(8192, 16, 8, 40),
+    _self(1152, 25, 20, 64),
+    _self(288, 14, 20, 64),
     _like("dcae-multiscale-64x64", "odd", (1, 512, 31, 33)),
     _like("kandinsky-addedkv-1024", "odd", (2, 768, 17, 23)),
     _like("allegro-28800", "odd", (1, 1021, 2304)),

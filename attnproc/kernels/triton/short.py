@@ -78,9 +78,9 @@ def attended(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None)
     if is_compiling():
         return _TRACED(q, k, v, causal, factor).transpose(1, 2)
     kind = (
-        *(part for x in (q, k, v) for part in (x.shape, x.stride(), x.dtype, x.device)),
-        *(causal, factor),
-    )
+        q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype,
+        k.get_device(), v.stride(), v.dtype, v.get_device(), causal, factor,
+    )  # fmt: skip
     try:
         launch = _LAUNCHES[kind]
     except KeyError:
