@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Attention", "Conv", "Copy", "Linear", "floor", "record"]
+__all__ = ["Attention", "Conv", "Copy", "Linear", "compiled_floor", "floor", "record"]
 
 _BACKENDS = {
     "cuda": {
@@ -186,19 +186,18 @@ def _qkv_elements(pair: Pair, found: Recorded) -> int:
     return elements * scales
 
 
-def floor(pair: Pair, seconds: float, compile_limit: float | None = None) -> dict[str, Any]:
+def floor(pair: Pair, seconds: float) -> dict[str, Any]:
     """The floor of a row and its parts, in ms.
 
     Args:
         pair: The row.
         seconds: Time of one measurement.
-        compile_limit: Seconds that compiling may take; None measures nothing compiled.
 
     Returns:
         `ms`, the sum by the definition; `tight_ms`, the same of ten in one graph, so without the
         gaps between graphs; `launched_ms`, all of it launched call by call, as Python without a
-        line around it does; `compiled_ms`, that under `torch.compile`; `conv_ms`, convolutions,
-        which none of them counts; `parts`, each with its share of `ms`.
+        line around it does; `conv_ms`, convolutions, which none of them counts; `parts`, each
+        with its share of `ms`.
     """
     found = record(pair)
     parts: list[dict[str, Any]] = []
@@ -214,15 +213,28 @@ def floor(pair: Pair, seconds: float, compile_limit: float | None = None) -> dic
     sums = {f"{kind}_ms": total("ms", kind) for kind in (*counted, "conv")}
     both = {"ms": total("ms", *counted), "tight_ms": total("tight_ms", *counted)}
     if pair.device == "cuda":
-        both |= _launched(found, pair, seconds, compile_limit)
+        run = _one_by_one(found, pair)
+        both["launched_ms"] = round(_median(run, pair.device, seconds), 5)
     return {**both, **sums, "parts": parts}
 
 
 @torch.no_grad()
-def _launched(
-    found: Recorded, pair: Pair, seconds: float, compile_limit: float | None
-) -> dict[str, float]:
-    """Times of the floor's calls, one after the other, attention as torch chooses."""
+def compiled_floor(pair: Pair, seconds: float, limit: float) -> dict[str, float]:
+    """`compiled_ms`: the floor's calls, one after the other, under `torch.compile`.
+
+    Args:
+        pair: The row.
+        seconds: Time of one measurement.
+        limit: Seconds that compiling may take.
+    """
+    made = compiling.compiled(_one_by_one(record(pair), pair), limit)
+    took = _median(made.call, pair.device, seconds, RISE[pair.device])
+    compiling.forget()
+    return {"compiled_ms": round(took, 5)}
+
+
+def _one_by_one(found: Recorded, pair: Pair) -> Callable[[], list[Any]]:
+    """The floor's calls, one after the other, attention as torch chooses."""
     generator = torch.Generator(pair.device).manual_seed(0)
     calls: list[Callable[[], Any]] = []
     for work, count in found.counts.items():
@@ -233,13 +245,7 @@ def _launched(
     def run() -> list[Any]:
         return [call() for call in calls]
 
-    times = {"launched_ms": round(_median(run, pair.device, seconds), 5)}
-    if compile_limit is not None:
-        made = compiling.compiled(run, compile_limit)
-        rise = RISE[pair.device]
-        times["compiled_ms"] = round(_median(made.call, pair.device, seconds, rise), 5)
-        compiling.forget()
-    return times
+    return run
 
 
 @torch.no_grad()
@@ -262,7 +268,8 @@ def _both(call: Callable[[], Any], device: str, seconds: float) -> tuple[float, 
     call()
     if device == "cpu":
         return (_median(call, device, seconds),) * 2
-    alone = _median(graphed(call), device, seconds)
+    # As warm as what is held beside it.
+    alone = _median(graphed(call), device, seconds, RISE[device])
     return alone, _median(graphed(call, _COPIES), device, seconds) / _COPIES
 
 

@@ -14,8 +14,10 @@ pass is timed. Then the modes, the sides by turns:
     backward  forward and backward pass: wall time and, on a GPU, as a graph
     kernels   what the GPU does in a call, kernel by kernel; compiled too if that is asked
     peak      memory above what was held before: forward, and backward if that is asked too
-    floor     the linear layers and the fastest attention kernel alone, compiled too if that is
-              asked (benchmarks/floor.py)
+    floor     the linear layers and the fastest attention kernel alone (benchmarks/floor.py);
+              `compiled` has it compiled
+
+Compiling loads the machine, so it is best left to a run of its own.
 
 Results go to `benchmarks/results/run-<device>-<dtype>.json` after each row, those of
 `--variants` to `variants-<device>-<dtype>.json`.
@@ -88,12 +90,18 @@ def of_row(row: Row, options: Options) -> dict[str, Any]:
 
 
 def _floor(both: Pair, options: Options) -> Found:
-    limit = options.compile_limit if "compiled" in options.modes else None
-    return {"floor": floors.floor(both, options.seconds, limit)}
+    return {"floor": floors.floor(both, options.seconds)}
+
+
+def _compiled(both: Pair, options: Options) -> Found:
+    found = COMMON["compiled"](both, options)
+    if options.device == "cuda":
+        found["floor"] = floors.compiled_floor(both, options.seconds, options.compile_limit)
+    return found
 
 
 # The floor before what may leave the device unwell.
-MODES: dict[str, Mode] = {"floor": _floor, **COMMON}
+MODES: dict[str, Mode] = {"floor": _floor, **COMMON, "compiled": _compiled}
 
 
 if __name__ == "__main__":
