@@ -44,8 +44,8 @@ class Fused:
         turned = (None, None) if rotary is None else self._turned(rotary)
         if of_image is None or of_text is None or turned is None:
             return None
-        for pair in zip(of_image, of_text, strict=True):
-            if len({n.across for n in pair if n is not None}) > 1:
+        for one, other in zip(of_image, of_text, strict=True):
+            if one is not None and other is not None and one.across != other.across:
                 return None
         joint = rotary is not None and rotary.over == "joint"
         both = QKV(None, None, None)
@@ -70,8 +70,11 @@ class Fused:
         """Formulas of the norms of queries and keys; None where one has none."""
         if stream is None:
             return None, None
+        of_queries, of_keys = norms
+        if of_queries is None and of_keys is None:
+            return None, None
         found: list[Formula | None] = []
-        for norm, x in zip(norms, (stream.q, stream.k), strict=True):
+        for norm, x in ((of_queries, stream.q), (of_keys, stream.k)):
             known = None
             if norm is not None and x is not None:
                 known = formula(norm, x.shape[2], x.shape[3], x.dtype)
@@ -83,17 +86,22 @@ class Fused:
     def _turned(self, rotary: Rotary) -> tuple[Table | None, Table | None] | None:
         """Rotary tables of queries and keys; None where one does not fit the kernels."""
         of_queries, of_keys = self.tables
+        image, text, over = self.streams.image, self.streams.text, rotary.over
         found = None if of_queries is None else table_of(rotary.form, of_queries)
+        if of_queries is not None and (found is None or not self._fits(found, "q", over)):
+            return None
+        if of_keys is None:
+            return found, None
+        if image.k is None:
+            return None
         # Compiled code can't compare tables by identity; keys have another one only of their own.
         other = None if rotary.keys == "own" else found
-        if of_keys is None:
-            other = None
-        elif other is None:
+        if other is None:
             other = table_of(rotary.form, of_keys)
-        for name, rope, table in (("q", of_queries, found), ("k", of_keys, other)):
-            if rope is not None and (table is None or not self._fits(table, name, rotary.over)):
-                return None
-        return found, other
+        elif image.q.shape == image.k.shape and (text is None or over == "image"):
+            # What fits queries fits keys that are alike.
+            return found, other
+        return (found, other) if other is not None and self._fits(other, "k", over) else None
 
     def _fits(self, table: Table, name: str, over: str) -> bool:
         """Whether a table has an entry for each token, of tensors that need no gradient."""
