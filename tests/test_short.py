@@ -16,9 +16,13 @@ def test_it_compiles_for_a_gpu(dtype: str, dim: int, queries: int, keys: int) ->
     from attnproc.kernels.triton import short
     from attnproc.kernels.triton.launch import padded
 
-    types = dict.fromkeys(("q", "k", "v", "o"), f"*{dtype}") | {"scale": "fp32"}
-    fixed = (8, 1, dim, padded(dim), padded(queries), padded(keys), 1)
-    found = compiled(short._launcher(fixed), fixed, types)
-    assert found.asm["cubin"]
-    # A program's shared memory on an H100.
-    assert found.metadata.shared <= 227 * 1024
+    names = ("q", "k", "v", "o", "g", "dq", "dk", "dv")
+    types = dict.fromkeys(names, f"*{dtype}") | {"scale": "fp32"}
+    fixed = (8, 2, dim, padded(dim), padded(queries), padded(keys), 1)
+    small = queries < 64
+    launchers = (short._attend_small, short._attend_back_small)
+    for launcher in launchers if small else (short._attend, short._attend_back):
+        found = compiled(launcher, fixed, types)
+        assert found.asm["cubin"]
+        # A program's shared memory on an H100.
+        assert found.metadata.shared <= 227 * 1024

@@ -64,7 +64,6 @@ SHORT = Kernel(
         dims=(1, _CHANNELS, 1),
         any_v=False,
         masks=frozenset({"causal"}),
-        backward=False,
         needs="triton",
         install="pip install triton",
         also=_few,
