@@ -268,8 +268,7 @@ def _both(call: Callable[[], Any], device: str, seconds: float) -> tuple[float, 
     call()
     if device == "cpu":
         return (_median(call, device, seconds),) * 2
-    # As warm as what is held beside it.
-    alone = _median(graphed(call), device, seconds, RISE[device])
+    alone = _median(graphed(call), device, seconds)
     return alone, _median(graphed(call, _COPIES), device, seconds) / _COPIES
 
 

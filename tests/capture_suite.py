@@ -260,7 +260,7 @@ def test_sums_that_a_launch_cannot_add_to(name: str) -> None:
 COMPOSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "causal": ({}, {"causal": True}),
     "window": ({}, {"window": (2, 1)}),
-    "kept queries": ({}, {"keep": torch.arange(Q).expand(B, Q) > 3}),
+    "kept queries": ({}, {"keep": Keys(torch.arange(Q).expand(B, Q) > 3)}),
     "tensor scale": ({}, {"scale": torch.tensor(0.5)}),
     "each head": ({"heads": "each"}, {}),
     "some heads": ({"heads": [0, 2]}, {}),

@@ -48,13 +48,17 @@ def test_values(sizes: tuple[int, ...], causal: bool, scale: float | None) -> No
     assert found.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "sizes",
-    [(3, 2, 2, 28, 28, 96), (2, 4, 2, 16, 16, 40), (2, 3, 1, 1, 1, 8), (2, 6, 1, 64, 64, 16),
-     (2, 2, 2, 3, 61, 5), (2, 2, 2, 40, 2, 128)],
-)  # fmt: skip
-@pytest.mark.parametrize("scale", [None, 0.3, "learned"])
+    ("sizes", "causal", "scale"),
+    [
+        ((3, 2, 2, 28, 28, 96), True, None),
+        ((2, 4, 2, 16, 16, 40), False, 0.3),
+        ((2, 3, 1, 1, 1, 8), False, None),
+        ((2, 6, 1, 64, 64, 16), True, "learned"),
+        ((2, 2, 2, 3, 61, 5), False, "learned"),
+        ((2, 2, 2, 40, 2, 128), True, 0.3),
+    ],
+)
 def test_gradients(sizes: tuple[int, ...], causal: bool, scale: Any) -> None:
     torch.manual_seed(0)
     leaves = [t.requires_grad_() for t in drawn(*sizes)]
