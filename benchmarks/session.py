@@ -127,7 +127,7 @@ def line(name: str, found: dict[str, Any]) -> str:
         if key.endswith(("_ms", "peak_mib")) and "_min_" not in key:
             pair = (f"{found.get(side, {}).get(key, float('nan')):.3f}" for side in SIDES)
             parts.append(f"{key.removesuffix('_ms')} {'/'.join(pair)}")
-    if "floor" in found:
+    if "ms" in found.get("floor", {}):
         parts.append(f"floor {found['floor']['ms']:.3f}")
     if "graphs" in found.get("ours", {}):
         parts.append(f"breaks {found['ours']['breaks']}")
