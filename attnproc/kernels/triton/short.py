@@ -19,8 +19,9 @@ from .launch import Launcher, Plans, Repeated, Run, operator, padded, wrap_trito
 
 __all__ = ["attended"]
 
-# Channels by queries by keys of the tiles below which one warp is enough.
-_SMALL = 1 << 18
+# Channels by queries by keys of the tiles, in bytes, below which one warp is enough, forward and
+# backward: it has registers for no more.
+_SMALL, _SMALL_BACK = 1 << 19, 1 << 18
 _PRECISION = tl.constexpr("tf32x3")
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -164,7 +165,7 @@ class _Attended(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v = ctx.saved_tensors
-        run = _attend_back_small if _is_small(q, k) else _attend_back
+        run = _attend_back_small if _is_small(q, k, _SMALL_BACK) else _attend_back
         found = _backward(grad, q, k, v, ctx.causal, ctx.scale, run)
         return *(t.transpose(1, 2) for t in found), None, None
 
@@ -179,7 +180,8 @@ def _operator(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Te
 def _operator_back(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
 ) -> list[Tensor]:
-    run = wrap_triton(_attend_back_small) if _is_small(q, k) else wrap_triton(_attend_back)
+    small = _is_small(q, k, _SMALL_BACK)
+    run = wrap_triton(_attend_back_small) if small else wrap_triton(_attend_back)
     return _backward(grad, q, k, v, causal, scale, run)
 
 
@@ -198,9 +200,9 @@ _operator.register_autograd(_differentiate, setup_context=_keep)
 _TRACED = torch.ops.attnproc.short.default
 
 
-def _is_small(q: Tensor, k: Tensor) -> bool:
-    _, _, _, *tiles, _ = _fixed(q, k, False)
-    return tiles[0] * tiles[1] * tiles[2] < _SMALL
+def _is_small(q: Tensor, k: Tensor, most: int = _SMALL) -> bool:
+    _, _, _, channels, queries, keys, _ = _fixed(q, k, False)
+    return channels * queries * keys * q.element_size() < most
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, run: Run) -> Tensor:
