@@ -120,7 +120,7 @@ def test_many_short_rows_go_there_by_themselves(launches: list[Any]) -> None:
 
 @pytest.mark.parametrize(
     "what",
-    ["long", "few rows", "mask", "dropout", "block", "off", "table", "vmap"],
+    ["long", "few rows", "mask", "dropout", "autocast", "block", "off", "table", "vmap"],
 )  # fmt: skip
 def test_other_calls_do_not(
     what: str, launches: list[Any], monkeypatch: pytest.MonkeyPatch
@@ -137,6 +137,9 @@ def test_other_calls_do_not(
     if what == "block":
         with backend("sdpa"):
             attention(q, k, v)
+    elif what == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attention(q, k, v).dtype == torch.bfloat16
     elif what == "off":
         use_fused(False)
         try:

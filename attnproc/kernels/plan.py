@@ -43,7 +43,7 @@ class Refused(ValueError):
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """The kernel that the table or the rules pick for this kind of call."""
-    if scoring.only_causal and not is_short(q, k) and not is_tuned(q):
+    if scoring.only_causal and not is_short(q, k, v) and not is_tuned(q):
         return sdpa(q, k, v, scoring)
     if worth_parting(q, k, v, scoring):
         o = apart(q, k, v, scoring)

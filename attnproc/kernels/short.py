@@ -12,7 +12,7 @@ from torch import Tensor
 from ..types import Scoring
 from . import triton
 from .base import Kernel
-from .fusing import INTERPRETED, fusable, is_wanted
+from .fusing import INTERPRETED, fusable, is_autocast, is_wanted
 from .takes import HALF, Ask, Takes
 
 __all__ = ["SHORT", "is_short", "worth_it"]
@@ -35,10 +35,14 @@ def short(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     return triton.short.attended(q, k, v, scoring.causal, scale)
 
 
-def is_short(q: Tensor, k: Tensor) -> bool:
+def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call is one that the kernel is made for."""
-    few = q.shape[2] <= _TOKENS and k.shape[2] <= _TOKENS
-    return few and q.shape[0] * q.shape[1] >= _HEADS and fusable(q)
+    if q.shape[2] > _TOKENS or k.shape[2] > _TOKENS or q.shape[0] * q.shape[1] < _HEADS:
+        return False
+    if not (q.dtype is k.dtype is v.dtype and fusable(q)):
+        return False
+    # Autocast has attention in half precision.
+    return q.dtype.itemsize == 2 or not is_autocast(q)
 
 
 def worth_it(asked: Ask) -> bool:
