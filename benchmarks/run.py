@@ -17,7 +17,8 @@ pass is timed. Then the modes, the sides by turns:
     floor     the linear layers and the fastest attention kernel alone (benchmarks/floor.py);
               `compiled` has it compiled
 
-Compiling loads the machine, so it is best left to a run of its own.
+Compiling loads the machine, and the profiler of `kernels` stays attached to the GPU, so both are
+best left to runs of their own.
 
 Results go to `benchmarks/results/run-<device>-<dtype>.json` after each row, those of
 `--variants` to `variants-<device>-<dtype>.json`.

@@ -12,7 +12,7 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, which is for Linux", allow_module_level=True)
 
-from attnproc.kernels.triton.launch import Launcher, Repeated
+from attnproc.kernels.triton.launch import Launcher, Repeated, _bound
 
 
 class Compiled:
@@ -122,6 +122,44 @@ def test_a_repeated_launch_off_16_bytes_is_looked_at(kernel: Kernel) -> None:
         launch(x, None)
     assert [look[1][0] is odd for look in kernel.looks] == [True, False]
     assert [args[0] for _, args in kernel.runs] == [odd.data_ptr(), even.data_ptr()]
+
+
+class Bound(Compiled):
+    """With what Triton itself hands to the launch."""
+
+    function, packed_metadata = 7, "packed"
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.direct: list[Any] = []
+
+    def run(self, *args: Any) -> None:
+        self.direct.append(args)
+
+
+class Driver:
+    """What gives the stream of a device."""
+
+    def get_current_stream(self, device: int) -> int:
+        return 100 + device
+
+
+def test_hooks_are_called_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(), raising=False)
+    chain = triton.knobs.runtime.launch_enter_hook
+    if not hasattr(chain, "calls"):
+        pytest.skip("hooks of this Triton are no chains")
+    compiled = Bound()
+    launch = _bound(compiled, (4, 2), 1)
+    launch(5, 0.5)
+    assert compiled.direct == [(4, 2, 1, 101, 7, "packed", None, None, None, 5, 0.5)]
+    assert not compiled.runs
+    monkeypatch.setattr(chain, "calls", [print])
+    launch(6, 0.5)
+    assert len(compiled.direct) == 1
+    assert compiled.runs == [((4, 2, 1), (6, 0.5))]
 
 
 def test_launches_kept_are_bounded(kernel: Kernel) -> None:
