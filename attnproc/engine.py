@@ -65,10 +65,10 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     scoring = score(whole, arranged)
     # Large tensors go as soon as they are used up: this line sets the peak of memory.
     del arranged
-    for wrapper in reversed(whole.recipe.around):
-        kernel = partial(wrapper, kernel)
     if k.shape[0] < q.shape[0]:
         kernel = partial(grouped, kernel)
+    for wrapper in reversed(whole.recipe.around):
+        kernel = partial(wrapper, kernel)
     o = kernel(q, k, v, scoring)  # [B, H, Q, D]
     del q, k, v
     # What wraps the kernel may hold on to its output.

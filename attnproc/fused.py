@@ -70,11 +70,10 @@ class Fused:
         """Formulas of the norms of queries and keys; None where one has none."""
         if stream is None:
             return None, None
-        of_queries, of_keys = norms
-        if of_queries is None and of_keys is None:
+        if norms[0] is None and norms[1] is None:
             return None, None
         found: list[Formula | None] = []
-        for norm, x in ((of_queries, stream.q), (of_keys, stream.k)):
+        for norm, x in zip(norms, (stream.q, stream.k), strict=True):
             known = None
             if norm is not None and x is not None:
                 known = formula(norm, x.shape[2], x.shape[3], x.dtype)

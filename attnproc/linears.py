@@ -141,7 +141,8 @@ def is_watched(layer: Any) -> bool:
 def dropout(at: Site, layers: Any, x: Tensor) -> Tensor:
     """The dropout that comes with the output projection in use, `layers` or an adapter's."""
     if at.recipe.linears[0] is not module_linear:
-        layers = getattr(at.proc, "to_out_custom_diffusion", layers)
+        own = at.mounted("to_out_custom_diffusion")
+        layers = layers if own is None else own
     drop: Any = layers._modules.get("1")
     if drop is None:
         return x
@@ -150,15 +151,6 @@ def dropout(at: Site, layers: Any, x: Tensor) -> Tensor:
     # Looked at before it is called, since most have nothing to drop.
     idle = type(drop) is nn.Dropout and not (drop.training and drop.p) and not is_watched(drop)
     return x if idle else drop(x)
-
-
-def _layers_of(proc: Any) -> dict[str, Any]:
-    """The layers that a processor holds, if any."""
-    # To say that it has not got one takes a module as long as a launch.
-    return proc.__dict__.get("_modules", _NONE)
-
-
-_NONE: dict[str, Any] = {}
 
 
 class LoRALinear(nn.Module):
@@ -215,7 +207,7 @@ class LoRA:
         return "lora" if self.name == "lora" else f"{self.name}_lora"
 
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
-        update: Any = _layers_of(at.proc).get(f"{name}_{self.suffix}")
+        update: Any = at.mounted(f"{name}_{self.suffix}")
         weight: Any = at.proc.lora_weights.get(self.name, 1.0)
         if update is None or is_off(weight) or is_off(at.call.lora_scale):
             return y
@@ -256,7 +248,7 @@ class CustomDiffusion:
     name: ClassVar[str] = "custom_diffusion"
 
     def __call__(self, at: Site, name: str, x: Tensor, y: Tensor | None) -> Tensor | None:
-        layer: Any = _layers_of(at.proc).get(f"{name}_custom_diffusion")
+        layer: Any = at.mounted(f"{name}_custom_diffusion")
         if layer is None:
             return y
         if layer.__class__ is ModuleList:

@@ -190,6 +190,11 @@ class Site(_Record):
         parts = packing.products(self.attn, names, x)
         return [self.linear(name, x, part) for name, part in zip(names, parts, strict=True)]
 
+    def mounted(self, name: str) -> Any:
+        """A layer of the processor, as adapters have them; None where it has none."""
+        # As in `held`: to say that it has not got one takes a module as long as a launch.
+        return self.proc.__dict__.get("_modules", _NO_MODULES).get(name)
+
     def held(self, name: str) -> Any:
         """A layer of the attention module; None where it has none."""
         # Straight from the registry: asking the module costs a failed look-up first.
@@ -387,6 +392,11 @@ class Scoring(_Record):
     def only_causal(self) -> bool:
         """Whether nothing masks but causality, if that."""
         return self.mask is None and self.window is None and len(self.mods) == 0
+
+    def scaled(self, q: Tensor) -> tuple[Tensor, float | None]:
+        """Queries and a scale for kernels that take a number: one in a tensor goes into them."""
+        scale = self.scale
+        return (q * scale.to(q.dtype), 1.0) if isinstance(scale, Tensor) else (q, scale)
 
     def kept(self, o: Tensor, in_place: bool) -> Tensor:
         """The output ``[B, H, Q, D]`` with zeros for queries that do not count."""

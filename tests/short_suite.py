@@ -1,4 +1,4 @@
-"""Attention among few tokens, through Triton's interpreter; `test_short` runs this.
+"""Attention among few tokens, through Triton's interpreter; `test_interpreted` runs this.
 
 The interpreter can't multiply bfloat16, so half precision is float16 here.
 """

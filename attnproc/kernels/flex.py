@@ -43,9 +43,7 @@ def flex_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor,
 def _run(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, **options: Any) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    scale = scoring.scale
-    if isinstance(scale, Tensor):
-        q, scale = q * scale.to(q.dtype), 1.0
+    q, scale = scoring.scaled(q)
     rule = (*limits(scoring), scoring.mods)
     arguments: dict[str, Any] = {
         "score_mod": None if scoring.mask is None else _score_mod(scoring.mask),

@@ -24,9 +24,7 @@ BOUNDED = ("cpu", "cuda")
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`; it accumulates scores in float32."""
-    scale = scoring.scale
-    if isinstance(scale, Tensor):
-        q, scale = q * scale.to(q.dtype), 1.0
+    q, scale = scoring.scaled(q)
     plain = scoring.only_causal
     mask = None if plain else dense_mask(scoring, q, k)
     if mask is not None and mask.is_floating_point():

@@ -87,10 +87,10 @@ def _by_rule(asked: Ask) -> Kernel:
 
 def _order(asked: Ask) -> tuple[Kernel, ...]:
     """What to try, the best first."""
-    # Padding by a mask was faster than packing in 3 of 4 models on an H100, and takes a fifth of
-    # the memory (benchmarks/results/kernels-nvidia-h100-80gb-hbm3.json).
     if asked.kinds <= {"causal"} and worth_it(asked):
         return SHORT, SDPA
+    # Padding by a mask was faster than packing in 3 of 4 models on an H100, and takes a fifth of
+    # the memory (benchmarks/results/kernels-nvidia-h100-80gb-hbm3.json).
     if asked.kinds <= {"causal"} or asked.kinds <= {"keys", "dense", "bias", "learned"}:
         return (SDPA,)
     # As one dense mask this would be Q x K.

@@ -25,9 +25,7 @@ _HEADS = 2048
 
 def short(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """Softmax attention among at most 64 queries and keys, a program a head."""
-    scale = scoring.scale
-    if isinstance(scale, Tensor):
-        q, scale = q * scale.to(q.dtype), 1.0
+    q, scale = scoring.scaled(q)
     if not (q.stride(3) == k.stride(3) == v.stride(3) == 1):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if not fusable(q):
@@ -37,7 +35,8 @@ def short(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call is one that the kernel is made for."""
-    if q.shape[2] > _TOKENS or k.shape[2] > _TOKENS or q.shape[0] * q.shape[1] < _HEADS:
+    batch, heads, queries, _ = q.shape
+    if not _pays(batch * heads, queries, k.shape[2]):
         return False
     if not (q.dtype is k.dtype is v.dtype and fusable(q)):
         return False
@@ -47,8 +46,11 @@ def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def worth_it(asked: Ask) -> bool:
     """As `is_short`, of a kind of call; what else masks or is asked is for `SHORT.takes`."""
-    few = asked.queries <= _TOKENS and asked.keys <= _TOKENS
-    return few and asked.batch * asked.heads >= _HEADS
+    return _pays(asked.batch * asked.heads, asked.queries, asked.keys)
+
+
+def _pays(heads: int, queries: int, keys: int) -> bool:
+    return queries <= _TOKENS and keys <= _TOKENS and heads >= _HEADS
 
 
 def _few(asked: Ask) -> str | None:
