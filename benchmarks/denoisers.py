@@ -83,6 +83,7 @@ class Models:
     inputs: dict[str, Any]
     dtype: torch.dtype
     swapped: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     def call(self, side: str) -> Callable[[], Any]:
         """A forward pass."""
@@ -130,6 +131,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Time of one measurement.")] = 1.0,
     compile_limit: Annotated[float, typer.Option(help="Seconds that compiling may take.")] = 120,
     limit: Annotated[float, typer.Option(help="Seconds after which no model is begun.")] = 1e9,
+    passes: Annotated[int, typer.Option(help="How often all models are measured.")] = 1,
     merge: Annotated[bool, typer.Option(help="Add to the file in place of a new one.")] = False,
     commit: Annotated[str | None, typer.Option(help="What is measured, without git.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
@@ -139,7 +141,8 @@ def main(
     options = Options(device, named("dtype", dtype, DTYPES), 1, asked, seconds, compile_limit)
     path = out or RESULTS / f"denoisers-{device}-{dtype}.json"
     results = opened(path, device, commit, merge, dtype=dtype, tiny=tiny)
-    measured(chosen(DENOISERS, only), lambda model: of_model(model, options, tiny), results, limit)
+    asked_for = chosen(DENOISERS, only)
+    measured(asked_for, lambda model: of_model(model, options, tiny), results, limit, passes)
 
 
 def of_model(denoiser: Denoiser, options: Options, tiny: bool) -> dict[str, Any]:

@@ -14,16 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import compiled as compiling
 import torch
 import torch.nn.functional as F
-from measure import RISE, Times, by_turns, graphed
+from measure import Times, by_turns, graphed
 from sides import Pair
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Attention", "Conv", "Copy", "Linear", "compiled_floor", "floor", "record"]
+__all__ = ["Attention", "Conv", "Copy", "Linear", "calls", "floor", "record"]
 
 _BACKENDS = {
     "cuda": {
@@ -195,9 +194,8 @@ def floor(pair: Pair, seconds: float) -> dict[str, Any]:
 
     Returns:
         `ms`, the sum by the definition; `tight_ms`, the same of ten in one graph, so without the
-        gaps between graphs; `launched_ms`, all of it launched call by call, as Python without a
-        line around it does; `conv_ms`, convolutions, which none of them counts; `parts`, each
-        with its share of `ms`.
+        gaps between graphs; `conv_ms`, convolutions, which neither counts; `parts`, each with its
+        share of `ms`.
     """
     found = record(pair)
     parts: list[dict[str, Any]] = []
@@ -212,53 +210,39 @@ def floor(pair: Pair, seconds: float) -> dict[str, Any]:
     counted = ("linear", "attention", "copy")
     sums = {f"{kind}_ms": total("ms", kind) for kind in (*counted, "conv")}
     both = {"ms": total("ms", *counted), "tight_ms": total("tight_ms", *counted)}
-    if pair.device == "cuda":
-        run = _one_by_one(found, pair)
-        both["launched_ms"] = round(_median(run, pair.device, seconds), 5)
     return {**both, **sums, "parts": parts}
 
 
 @torch.no_grad()
-def compiled_floor(pair: Pair, seconds: float, limit: float) -> dict[str, float]:
-    """`compiled_ms`: the floor's calls, one after the other, under `torch.compile`.
+def calls(pair: Pair) -> Callable[[], list[Any]]:
+    """What the floor is made of, one call after the other, attention as torch chooses.
 
-    Args:
-        pair: The row.
-        seconds: Time of one measurement.
-        limit: Seconds that compiling may take.
+    By turns with both sides it tells what they would take if nothing but this were in them.
     """
-    made = compiling.compiled(_one_by_one(record(pair), pair), limit)
-    took = _median(made.call, pair.device, seconds, RISE[pair.device])
-    compiling.forget()
-    return {"compiled_ms": round(took, 5)}
-
-
-def _one_by_one(found: Recorded, pair: Pair) -> Callable[[], list[Any]]:
-    """The floor's calls, one after the other, attention as torch chooses."""
     generator = torch.Generator(pair.device).manual_seed(0)
-    calls: list[Callable[[], Any]] = []
-    for work, count in found.counts.items():
+    parts: list[Callable[[], Any]] = []
+    for work, count in record(pair).counts.items():
         if not isinstance(work, Conv):
             # Each of tensors of its own: the compiler would compute alike ones once.
-            calls += [_call(work, _Random(pair, generator)) for _ in range(count)]
+            parts += [_call(work, _Random(pair, generator)) for _ in range(count)]
 
     def run() -> list[Any]:
-        return [call() for call in calls]
+        return [part() for part in parts]
 
     return run
 
 
 @torch.no_grad()
 def _timed(work: Work, pair: Pair, seconds: float) -> dict[str, Any]:
-    calls = _candidates(work, pair)
+    candidates = _candidates(work, pair)
     found: dict[str, tuple[float, float]] = {}
-    for name, call in calls.items():
+    for name, call in candidates.items():
         # A kernel that does not take these shapes warns why, then raises.
         with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
             warnings.simplefilter("ignore")
             found[name] = _both(call, pair.device, seconds)
     if not found:
-        raise RuntimeError(f"no kernel of {', '.join(calls)} takes {work}")
+        raise RuntimeError(f"no kernel of {', '.join(candidates)} takes {work}")
     name, (alone, tight) = min(found.items(), key=lambda item: item[1][0])
     return {"ms": round(alone, 5), "tight_ms": round(tight, 5), "kernel": name}
 
@@ -272,8 +256,8 @@ def _both(call: Callable[[], Any], device: str, seconds: float) -> tuple[float, 
     return alone, _median(graphed(call, _COPIES), device, seconds) / _COPIES
 
 
-def _median(call: Callable[[], Any], device: str, seconds: float, rise: float = 0.0) -> float:
-    times: dict[str, Times] = by_turns({"": call}, device, seconds, rise)
+def _median(call: Callable[[], Any], device: str, seconds: float) -> float:
+    times: dict[str, Times] = by_turns({"": call}, device, seconds)
     return times[""].median
 
 

@@ -40,6 +40,11 @@ class Options:
 class Both(Protocol):
     """Something to be timed, with two sides."""
 
+    @property
+    def beside(self) -> Mapping[str, Call]:
+        """Other calls that are timed by turns with both sides, by name."""
+        ...
+
     def call(self, side: str) -> Callable[[], Any]:
         """A forward pass of that side."""
         ...
@@ -76,24 +81,24 @@ def gated(
 
 
 def eager(both: Both, options: Options) -> Found:
-    calls = {side: both.call(side) for side in SIDES}
+    calls = _calls(both)
     found = _times("eager", _by_turns(calls, options))
     if options.device == "cuda":
         more = _times("host", host(calls, options.device, options.seconds / 2))
-        found = {side: found[side] | more[side] for side in SIDES}
+        found = {side: found[side] | more[side] for side in calls}
     return found
 
 
 def graph(both: Both, options: Options) -> Found:
     if options.device != "cuda":
         return {}
-    calls, failures = _each(lambda side: graphed(both.call(side)), "graph")
+    calls, failures = _each(_calls(both), graphed, "graph")
     return _times("graph", _by_turns(calls, options)) | failures
 
 
 def compiled(both: Both, options: Options) -> Found:
     facts, times, failures = _compiled(both, options, "compiled", None)
-    return {side: facts[side] | times[side] for side in facts} | failures
+    return {side: facts.get(side, {}) | times[side] for side in times} | failures
 
 
 def replayed(both: Both, options: Options) -> Found:
@@ -110,12 +115,13 @@ def _compiled(
     """What is known of both sides' compiled calls, their times, and what failed."""
     compiling.forget()
     made, failures = _each(
-        lambda side: compiling.compiled(both.call(side), options.compile_limit, mode), name
+        _calls(both), lambda call: compiling.compiled(call, options.compile_limit, mode), name
     )
     right = _first(both.call("diffusers")())
-    found: Found = {side: one.facts() for side, one in made.items()}
-    for side, one in made.items():
-        found[side][f"{name}_difference"] = difference(_first(one.call()), right)
+    found: Found = {}
+    for side in made.keys() & SIDES:
+        found[side] = made[side].facts()
+        found[side][f"{name}_difference"] = difference(_first(made[side].call()), right)
     del right
     calls = {side: one.call for side, one in made.items()}
     times = _times(name, _by_turns(calls, options))
@@ -129,7 +135,7 @@ def backward(both: Both, options: Options) -> Found:
     found = _times("backward", _by_turns(steps, options))
     failures: Found = {}
     if options.device == "cuda":
-        calls, failures = _each(lambda side: graphed(steps[side]), "backward graph")
+        calls, failures = _each(steps, graphed, "backward graph")
         more = _times("backward_graph", _by_turns(calls, options))
         found = {side: found[side] | more.get(side, {}) for side in SIDES}
     return gate | found | failures
@@ -148,13 +154,13 @@ def peak(both: Both, options: Options) -> Found:
 def kernels(both: Both, options: Options) -> Found:
     if options.device != "cuda":
         return {}
-    calls: dict[str, Callable[[], Any]] = {side: both.call(side) for side in SIDES}
+    calls = _calls(both)
     found: Found = {side: {"kernels": kernel_times(call)} for side, call in calls.items()}
     if "compiled" not in options.modes:
         return found
     compiling.forget()
     made, failures = _each(
-        lambda side: compiling.compiled(calls[side], options.compile_limit), "compiled kernels"
+        calls, lambda call: compiling.compiled(call, options.compile_limit), "compiled kernels"
     )
     for side, one in made.items():
         found[side]["compiled_kernels"] = kernel_times(one.call)
@@ -178,13 +184,20 @@ def _by_turns(calls: Mapping[str, Call], options: Options) -> dict[str, Times]:
     return by_turns(calls, options.device, 2 * options.seconds, RISE[options.device])
 
 
-def _each(make: Callable[[str], Any], mode: str) -> tuple[dict[str, Any], Found]:
-    """What `make` gives for each side, and why it gave none."""
+def _calls(both: Both) -> dict[str, Call]:
+    """What is timed by turns."""
+    return {side: both.call(side) for side in SIDES} | dict(both.beside)
+
+
+def _each(
+    calls: Mapping[str, Call], make: Callable[[Call], Any], mode: str
+) -> tuple[dict[str, Any], Found]:
+    """What `make` gives for each call, and why it gave none."""
     made: dict[str, Any] = {}
     failures: dict[str, str] = {}
-    for side in SIDES:
+    for side, call in calls.items():
         try:
-            made[side] = make(side)
+            made[side] = make(call)
         except Exception as problem:
             failures[f"{side} {mode}"] = reason(problem)
     return made, {"failures": failures} if failures else {}

@@ -59,6 +59,22 @@ class Results:
         """Results by row."""
         return self.data["rows"]
 
+    def quieter(self, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a row that was measured again, the modes in which all sides together took less.
+
+        Who shares a machine slows all of them, for seconds at a time.
+        """
+        old = self.rows[name]
+        again = {key.removesuffix("_ms") for key in found.get("ours", {}) if key.endswith("_ms")}
+        again = {mode for mode in again if not mode.endswith("_min")}
+        better = {mode for mode in again if _total(found, mode) < _total(old, mode)}
+        taken = {f"{mode}{ending}" for mode in better for ending in ("_ms", "_min_ms")}
+        return {
+            side: {key: value for key, value in times.items() if key in taken}
+            for side, times in found.items()
+            if isinstance(times, Mapping) and side in old
+        }
+
     def add(self, name: str, found: Mapping[str, Any]) -> None:
         """Takes in a row, or more modes of one, and writes the file."""
         merge(self.rows.setdefault(name, {}), found)
@@ -68,6 +84,12 @@ class Results:
         written = self.path.with_suffix(".part")
         written.write_text(json.dumps(self.data, indent=1) + "\n")
         os.replace(written, self.path)
+
+
+def _total(found: Mapping[str, Any], mode: str) -> float:
+    """Milliseconds of a mode over all sides."""
+    sides = (side for side in found.values() if isinstance(side, Mapping))
+    return sum(side.get(f"{mode}_ms", 0.0) for side in sides)
 
 
 def merge(old: dict[str, Any], new: Mapping[str, Any]) -> None:

@@ -15,10 +15,11 @@ pass is timed. Then the modes, the sides by turns:
     kernels   what the GPU does in a call, kernel by kernel; compiled too if that is asked
     peak      memory above what was held before: forward, and backward if that is asked too
     floor     the linear layers and the fastest attention kernel alone (benchmarks/floor.py);
-              `compiled` has it compiled
+              on a GPU their calls go by turns with both sides in the modes above, too
 
-Compiling loads the machine, and the profiler of `kernels` stays attached to the GPU, so both are
-best left to runs of their own.
+On a machine that others share, `--passes 3` goes through the rows three times; of each mode that
+pass counts in which all sides together took least. Compiling loads the machine, and the profiler
+of `kernels` stays attached to the GPU, so both are best left to runs of their own.
 
 Results go to `benchmarks/results/run-<device>-<dtype>.json` after each row, those of
 `--variants` to `variants-<device>-<dtype>.json`.
@@ -56,6 +57,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Time of one measurement.")] = 0.4,
     compile_limit: Annotated[float, typer.Option(help="Seconds that compiling may take.")] = 60,
     limit: Annotated[float, typer.Option(help="Seconds after which no row is begun.")] = 1e9,
+    passes: Annotated[int, typer.Option(help="How often all rows are measured.")] = 1,
     merge: Annotated[bool, typer.Option(help="Add to the file in place of a new one.")] = False,
     commit: Annotated[str | None, typer.Option(help="What is measured, without git.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
@@ -74,7 +76,7 @@ def main(
     kind = "variants" if variants else "run"
     path = out or RESULTS / f"{kind}-{device}-{dtype}.json"
     results = opened(path, device, commit, merge, dtype=dtype, shrink=shrink)
-    measured(rows, lambda row: of_row(row, options), results, limit)
+    measured(rows, lambda row: of_row(row, options), results, limit, passes)
 
 
 def of_row(row: Row, options: Options) -> dict[str, Any]:
@@ -83,6 +85,8 @@ def of_row(row: Row, options: Options) -> dict[str, Any]:
 
     def make() -> Pair:
         both = pair(row, options.device, options.dtype, options.shrink)
+        if "floor" in options.modes and options.device == "cuda":
+            both.beside["floor"] = floors.calls(both)
         found.update(x=both.row.x, text=both.row.text)
         return both
 
@@ -94,15 +98,8 @@ def _floor(both: Pair, options: Options) -> Found:
     return {"floor": floors.floor(both, options.seconds)}
 
 
-def _compiled(both: Pair, options: Options) -> Found:
-    found = COMMON["compiled"](both, options)
-    if options.device == "cuda":
-        found["floor"] = floors.compiled_floor(both, options.seconds, options.compile_limit)
-    return found
-
-
 # The floor before what may leave the device unwell.
-MODES: dict[str, Mode] = {"floor": _floor, **COMMON, "compiled": _compiled}
+MODES: dict[str, Mode] = {"floor": _floor, **COMMON}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Pair:
     processors: dict[str, Any]
     device: str
     dtype: torch.dtype
+    beside: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
     def call(self, side: str) -> Callable[[], Any]:
         """One forward pass."""

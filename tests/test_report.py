@@ -21,6 +21,8 @@ import floor
 import report
 import run
 import typer
+from modes import COMMON, Options, gated
+from results import Results
 from rows import ROWS
 from sides import Disagreement, Pair, pair
 from typer.testing import CliRunner
@@ -87,6 +89,34 @@ def test_a_run_writes_what_the_report_reads(
     path.rename(tmp_path / "run-cuda-bf16.json")
     for section in (report.gpu_summary, report.gpu_rows, report.gpu_backward, report.short):
         assert report.MISSING not in section()
+
+
+def test_of_several_passes_the_quietest_counts_mode_by_mode(tmp_path: Path) -> None:
+    kept = Results(tmp_path / "run.json", "cpu", "abc")
+    loud = {"eager_ms": 3.0, "eager_min_ms": 2.0, "graph_ms": 1.0, "peak_mib": 5.0}
+    quiet = {"eager_ms": 2.5, "eager_min_ms": 2.4, "graph_ms": 1.1, "peak_mib": 6.0}
+    rows = {"ours": dict(loud), "diffusers": dict(loud), "floor": loud | {"ms": 1.0}}
+    kept.add("row", {"class": "A"} | rows)
+    # Ours took longer this time, but all sides together less.
+    again = {"class": "A", "ours": quiet | {"eager_ms": 3.2}, "diffusers": quiet, "floor": quiet}
+    kept.add("row", kept.quieter("row", again | {"floor": quiet | {"ms": 0.9}}))
+    for side, eager in (("ours", 3.2), ("diffusers", 2.5), ("floor", 2.5)):
+        found = kept.rows["row"][side]
+        assert (found["eager_ms"], found["eager_min_ms"]) == (eager, 2.4)
+        assert (found["graph_ms"], found["peak_mib"]) == (1.0, 5.0)
+    assert kept.rows["row"]["floor"]["ms"] == 1.0
+    assert kept.quieter("row", {"failed": "no memory"}) == {}
+
+
+def test_what_stands_beside_goes_by_turns_with_both_sides() -> None:
+    both = _pair("sd15-self-4096")
+    with torch.no_grad():
+        both.beside["floor"] = floor.calls(both)
+    options = Options("cpu", torch.float32, 1, ("eager", "compiled"), 0.01, 60)
+    found = gated(lambda: both, [("eager", COMMON["eager"])], options)
+    assert found["floor"].keys() == found["ours"].keys() == {"eager_ms", "eager_min_ms"}
+    assert found["floor"]["eager_ms"] > 0
+    assert not found.get("failures")
 
 
 def test_a_results_file_of_another_kind_is_not_merged_with(tmp_path: Path) -> None:
