@@ -300,7 +300,8 @@ def _call(work: Work, random: _Random) -> Callable[[], Any]:
         return lambda: F.conv2d(x, weight, None, *work.options)
     if isinstance(work, Copy):
         x = random(work.elements)
-        return x.clone
+        # A bound method of torch's is nothing that the compiler traces.
+        return lambda: x.clone()
     # Heads lie as the projections leave them, so that the output needs no copy either.
     q = random(work.batch, work.queries, work.heads, work.dim).transpose(1, 2)
     k, v = (random(work.batch, work.keys, work.kv_heads, work.dim).transpose(1, 2) for _ in "kv")
