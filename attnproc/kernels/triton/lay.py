@@ -27,7 +27,8 @@ _RMS = tl.constexpr(1)
 _LAYER = tl.constexpr(2)
 _L2 = tl.constexpr(3)
 
-# Elements that a program holds at a time, and how many tokens it walks over all heads for.
+# Elements that a program holds at a time, and of how many tokens at most: all heads of one come
+# first, as a part of them would be followed by one that is half empty.
 _HELD = 4096
 _TOKENS = 2
 
@@ -573,17 +574,17 @@ def _fixed(how: Lay, heads: int, dim: int, per_head: bool) -> tuple[Any, ...]:
     """Arguments of compilation: what is done, and the tile's tokens, heads and channels."""
     width = padded(dim)
     most = 1 << (heads - 1).bit_length()
-    tokens = _tokens_of(how)
-    at_once = max(1, min(most, _HELD // (width * tokens)))
+    at_once = max(1, min(most, _HELD // width))
+    tokens = 1 if how.across else max(1, min(_TOKENS, _HELD // (width * at_once)))
     return (
         heads, dim, *how.norms, how.across, *how.turns, how.joint, per_head,
         how.width, how.turned, how.step, tokens, at_once, width,
     )  # fmt: skip
 
 
-def _tokens_of(how: Lay) -> int:
-    """How many tokens a program has."""
-    return 1 if how.across else _TOKENS
+def _tokens_of(fixed: tuple[Any, ...]) -> int:
+    """How many tokens a program has, by its arguments of compilation."""
+    return fixed[-3]
 
 
 _NO_TABLE = (None, None, 0, 0, 0, 0)
@@ -625,9 +626,11 @@ def _arguments(
     x: Tensor, then: Tensor | None, how: Lay, cos: Tensor | None, strides: tuple[int, ...]
 ) -> tuple[tuple[int, int], tuple[int | float, ...], tuple[Any, ...]]:
     """Grid, numbers and arguments of compilation, given the strides of streams and table."""
-    length, more, tokens = x.shape[1], 0 if then is None else then.shape[1], _tokens_of(how)
+    length, more = x.shape[1], 0 if then is None else then.shape[1]
+    fixed = _settings(x, cos, how)
+    tokens = _tokens_of(fixed)
     grid = -(-length // tokens) + -(-more // tokens), x.shape[0]
-    return grid, (length, more, *strides, *how.eps), _settings(x, cos, how)
+    return grid, (length, more, *strides, *how.eps), fixed
 
 
 def _launch_back(
@@ -644,7 +647,8 @@ def _launch_back(
     x, then, strides = _plain_streams(x, then)
     more = 0 if then is None else then.shape[1]
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    tokens = _tokens_of(how)
+    fixed = _settings(x, cos, how)
+    tokens = _tokens_of(fixed)
     blocks = (-(-length // tokens), -(-more // tokens))
     dx = x.new_empty(x.shape)
     dthen = None if then is None else then.new_empty(then.shape)
@@ -658,7 +662,7 @@ def _launch_back(
             (sum(blocks), batch),
             (grad, x, then, dx, dthen, w0, dw0, db0, w1, dw1, db1, cos, sin),
             (length, more, *grad.stride()[:3], *strides, *steps, *how.eps),
-            _settings(x, cos, how),
+            fixed,
         )
     sums = [
         x.new_empty(0) if part is None or w is None else part.sum(0).view_as(w).to(w.dtype)
