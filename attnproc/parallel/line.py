@@ -45,9 +45,7 @@ def own_call(proc: Processor, call: Call) -> Call:
     if spread is None or spread.tokens.size == 1:
         return call
     if not spread.inside:
-        return (
-            call if call.ip_masks is None else call.but(ip_masks=_masks(proc, call, spread))
-        )
+        return call if call.ip_masks is None else call.but(ip_masks=_masks(proc, call, spread))
     if not takes_own(spread, proc.recipe, call):
         return call
     if call.ip_masks is not None:
