@@ -106,7 +106,9 @@ def replayed(both: Both, options: Options) -> Found:
         return {}
     facts, times, failures = _compiled(both, options, "replayed", "reduce-overhead")
     right = "replayed_difference"
-    return {side: times[side] | {right: facts[side][right]} for side in facts} | failures
+    for side, known in facts.items():
+        times[side][right] = known[right]
+    return times | failures
 
 
 def _compiled(

@@ -114,6 +114,26 @@ def check_prologue(kind: str, across: bool, form: Any, over: Any, text: Any) -> 
     both_ways(make, [*image, *words, *weights])
 
 
+@pytest.mark.parametrize(("heads", "dim", "tile"), [(33, 64, (1, 64, 64)), (17, 48, (2, 32, 64))])
+def test_all_heads_of_a_token_are_held_at_once(heads: int, dim: int, tile: Any) -> None:
+    from attnproc.kernels.triton import lay
+
+    assert lay._fixed(lay.Lay(), heads, dim, False)[-3:] == tile
+    torch.manual_seed(0)
+    layers = [nn.RMSNorm(dim) for _ in range(4)]
+    own = Norms((layers[0], layers[1]), (layers[2], layers[3]))
+    image, words = (
+        [torch.randn(1, tokens, heads, dim, requires_grad=True) for _ in range(3)]
+        for tokens in (S, T)
+    )
+
+    def make() -> Tensor:
+        both = laid(Streams(QKV(*image), QKV(*words)), own)
+        return torch.cat((both.q, both.k, both.v))
+
+    both_ways(make, [*image, *words, *(layer.weight for layer in layers)])
+
+
 def test_the_norm_at_its_guard_divides_by_a_constant() -> None:
     x = torch.full((1, 2, 1, 16), 1e-9, requires_grad=True)
     own = Norms((LpNorm(eps=1e-5), None))

@@ -106,6 +106,9 @@ def test_of_several_passes_the_quietest_counts_mode_by_mode(tmp_path: Path) -> N
         assert (found["graph_ms"], found["peak_mib"]) == (1.0, 5.0)
     assert kept.rows["row"]["floor"]["ms"] == 1.0
     assert kept.quieter("row", {"failed": "no memory"}) == {}
+    # Less in sum, but because a side is missing.
+    alone = kept.quieter("row", {"ours": {"eager_ms": 3.0, "eager_min_ms": 2.9}})
+    assert alone == {"ours": {}}
 
 
 def test_what_stands_beside_goes_by_turns_with_both_sides() -> None:

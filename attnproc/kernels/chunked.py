@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..types import Scoring
 from .base import Kernel
-from .reference import factor
+from .reference import numbered
 from .takes import Takes
 from .visible import limits, structure, values
 
@@ -39,9 +39,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 def chunked_lse(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """`chunked` and the log-sum-exp of its scores ``[B, H, Q]``; both have gradients."""
-    scale = factor(q, scoring)
-    if isinstance(scale, Tensor):
-        q, scale = q * scale.to(q.dtype), 1.0
+    q, scale = numbered(q, scoring)
     positions = Scoring(causal=scoring.causal, window=scoring.window, mods=scoring.mods)
     return _Chunked.apply(q, k, v, values(scoring), positions, scale)
 

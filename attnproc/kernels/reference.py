@@ -102,6 +102,12 @@ def factor(q: Tensor, scoring: Scoring) -> float | Tensor:
     return q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
 
 
+def numbered(q: Tensor, scoring: Scoring) -> tuple[Tensor, float]:
+    """Queries, and what their scores are multiplied by as a number, as `Scoring.scaled`."""
+    q, scale = scoring.scaled(q)
+    return q, q.shape[-1] ** -0.5 if scale is None else scale
+
+
 REFERENCE = Kernel(
     "reference", reference, takes=Takes(dropout=True, lse=True), with_lse=reference_lse
 )

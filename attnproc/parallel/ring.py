@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels import CHUNKED, Kernel, triton
 from ..kernels.chunked import chunked_backward
 from ..kernels.fusing import fusable
-from ..kernels.reference import expand_heads, factor
+from ..kernels.reference import expand_heads, numbered
 from ..kernels.takes import HALF
 from ..types import Scoring
 from .copies import Route, route
@@ -59,9 +59,7 @@ class Ring:
         Raises:
             Lost: Another rank ended, or did not answer in time.
         """
-        scale = factor(q, scoring)
-        if isinstance(scale, Tensor):
-            q, scale = q * scale.to(q.dtype), 1.0
+        q, scale = numbered(q, scoring)
         return _Ring.apply(q, k, v, scale, self.axis, self.local, self.wide)
 
 

@@ -582,9 +582,10 @@ def _fixed(how: Lay, heads: int, dim: int, per_head: bool) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _tokens_of(fixed: tuple[Any, ...]) -> int:
-    """How many tokens a program has, by its arguments of compilation."""
-    return fixed[-3]
+def _blocks(length: int, more: int, fixed: tuple[Any, ...]) -> tuple[int, int]:
+    """How many programs walk over each stream, given what `_fixed` gave."""
+    *_, tokens, _, _ = fixed
+    return -(-length // tokens), -(-more // tokens)
 
 
 _NO_TABLE = (None, None, 0, 0, 0, 0)
@@ -628,8 +629,7 @@ def _arguments(
     """Grid, numbers and arguments of compilation, given the strides of streams and table."""
     length, more = x.shape[1], 0 if then is None else then.shape[1]
     fixed = _settings(x, cos, how)
-    tokens = _tokens_of(fixed)
-    grid = -(-length // tokens) + -(-more // tokens), x.shape[0]
+    grid = sum(_blocks(length, more, fixed)), x.shape[0]
     return grid, (length, more, *strides, *how.eps), fixed
 
 
@@ -648,8 +648,7 @@ def _launch_back(
     more = 0 if then is None else then.shape[1]
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     fixed = _settings(x, cos, how)
-    tokens = _tokens_of(fixed)
-    blocks = (-(-length // tokens), -(-more // tokens))
+    blocks = _blocks(length, more, fixed)
     dx = x.new_empty(x.shape)
     dthen = None if then is None else then.new_empty(then.shape)
     w0, b0, w1, b1 = weights
