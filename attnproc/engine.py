@@ -12,6 +12,7 @@ from .kernels import choose
 from .kernels.around import grouped
 from .parallel import beside, own_call, spread_out
 from .prologue import arrange
+from .prompts import with_prompts
 from .shapes import merge_heads
 from .types import Arranged, Call, Recipe, Scoring, Site
 
@@ -50,10 +51,13 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
     del streams
 
     kernel = choose(recipe.kernel, proc, at.compiling)
-    extra = None
+    extra, along = None, []
     for prompt in recipe.prompts:
         more = prompt(at, arranged, beside(at, kernel))
-        extra = more if extra is None or more is None else extra + more
+        if isinstance(more, list):
+            along += more
+        else:
+            extra = more if extra is None or more is None else extra + more
 
     # On several ranks: from here to `home` all tokens of some heads, before and after own tokens.
     whole, home = at, None
@@ -69,6 +73,8 @@ def attend(recipe: Recipe, proc: Processor, attn: Any, call: Call) -> Tensor | t
         kernel = partial(grouped, kernel)
     for wrapper in reversed(whole.recipe.around):
         kernel = partial(wrapper, kernel)
+    if along:
+        kernel = partial(with_prompts, along, kernel)
     o = kernel(q, k, v, scoring)  # [B, H, Q, D]
     del q, k, v
     # What wraps the kernel may hold on to its output.

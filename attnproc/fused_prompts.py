@@ -15,11 +15,12 @@ from .kernels.base import Kernel
 from .kernels.fusing import fusable
 from .kernels.plan import automatic
 from .kernels.tuned import is_tuned
-from .types import KernelCall, Scoring
+from .types import Branch, KernelCall, Scoring
 
-__all__ = ["attended"]
+__all__ = ["attended", "attended_beside"]
 
-Branch = tuple[Tensor, Tensor, "float | Tensor"]
+# Keys of a text up to which one launch for all takes the GPU less time than two and a sum.
+_MOST = 256
 
 
 def attended(
@@ -32,3 +33,17 @@ def attended(
     if not isinstance(kernel, Kernel) or kernel.run is not automatic or is_tuned(q):
         return None
     return triton.branches.attended(q, branches, scoring.scale)
+
+
+def attended_beside(
+    branches: Sequence[Branch],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: KernelCall,
+    scoring: Scoring,
+) -> Tensor | None:
+    """As `attended`, plus attention to keys ``[B, H, K, D]`` as the scoring says."""
+    if k.shape[2] > _MOST or not scoring.only_causal or scoring.causal or scoring.dropout:
+        return None
+    return attended([(k, v, 1.0), *branches], q, kernel, scoring)

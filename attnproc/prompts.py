@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .fused_prompts import attended
+from .fused_prompts import attended, attended_beside
 from .linears import called
 from .modules import RMSNorm
 from .norms import Norms
 from .prologue import laid
 from .schedules import amount, is_off
 from .shapes import heads_first, merge_heads
-from .types import QKV, Arranged, KernelCall, Scoring, Site, Streams
+from .types import QKV, Arranged, Branch, KernelCall, Scoring, Site, Streams
 
-__all__ = ["decoupled", "joint_decoupled", "mount_joint_prompt", "mount_prompts", "region"]
+__all__ = [
+    "decoupled",
+    "joint_decoupled",
+    "mount_joint_prompt",
+    "mount_prompts",
+    "region",
+    "with_prompts",
+]
 
 Scale = Any
 """A `Weight`, or a list with one a prompt, which may be a list with one a masked image."""
@@ -61,8 +68,10 @@ def mount_prompts(
         setattr(proc, name, nn.ModuleList(layers))
 
 
-def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None:
+def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | list[Branch] | None:
     """One attention from the image's queries to each image prompt, weighted and summed.
+
+    Where the attention's own queries are those, they are left to `with_prompts`.
 
     The prompts' states are ``[B, tokens, C]`` or ``[B, images, tokens, C]``; a mask of a prompt is
     ``[1, images, height, width]``. Source: https://arxiv.org/abs/2308.06721
@@ -72,11 +81,7 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
         return None
     scales, masks = _checked(states, proc.scale, at.call.ip_masks)
 
-    q = cast("QKV", arranged.raw).q
-    norm_q = at.recipe.norm(at, False).image[0]
-    if norm_q is not None:
-        q = laid(Streams(QKV(q, None, None)), Norms((norm_q, None))).q
-    q = q.transpose(1, 2)  # [B, H, S, D]
+    q = _queries(at, arranged)
     keys, values = proc.to_k_ip._modules, proc.to_v_ip._modules
     branches: list[Branch] = []
     for i, (state, scale, mask) in enumerate(zip(states, scales, masks, strict=True)):
@@ -84,21 +89,69 @@ def decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor | None
             layers = keys[str(i)], values[str(i)]
             branches += _branches(at, layers, state, scale, mask, q)
 
-    scoring = Scoring(scale=at.recipe.scale(at))
-    total = attended(branches, q, kernel, scoring)
-    if total is None:
-        total = _composed(branches, q, kernel, scoring)
+    if q is arranged.q and _goes_along(at):
+        return branches
+    total = _summed(branches, q, kernel, Scoring(scale=at.recipe.scale(at)))
     if total is None:
         return q.new_zeros(()).expand(q.shape[0], q.shape[2], q.shape[1] * q.shape[3])
     return total
 
 
-class Branch(NamedTuple):
-    """Keys and values ``[B, tokens, H*D]`` under one softmax, and their weight."""
+def with_prompts(
+    prompts: Sequence[Branch],
+    kernel: KernelCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+) -> Tensor:
+    """Attention ``[B, H, Q, D]`` plus what the same queries see of image prompts.
 
-    k: Tensor
-    v: Tensor
-    weight: float | Tensor
+    By one launch where a fused kernel takes both.
+
+    Args:
+        prompts: Keys and values ``[B, tokens, H*D]`` and a weight.
+        kernel: What computes attention.
+        q: ``[B, H, Q, D]``.
+        k: ``[B, H', K, D]``.
+        v: As `k`.
+        scoring: Masks and scale; a mask is for `k` alone.
+    """
+    heads = q.shape[1]
+    total = attended_beside(prompts, q, k, v, kernel, scoring)
+    if total is not None:
+        return total.unflatten(2, (heads, -1)).transpose(1, 2)
+    total = _summed(prompts, q, kernel, Scoring(scale=scoring.scale))
+    o = kernel(q, k, v, scoring)
+    return o if total is None else o + heads_first(total, q.shape[3])
+
+
+def _queries(at: Site, arranged: Arranged) -> Tensor:
+    """The image's queries ``[B, H, S, D]``, normed but not rotated."""
+    if arranged.raw is None:
+        return arranged.q
+    q, norm_q = arranged.raw.q, at.recipe.norm(at, False).image[0]
+    if norm_q is not None:
+        q = laid(Streams(QKV(q, None, None)), Norms((norm_q, None))).q
+    return q.transpose(1, 2)
+
+
+def _goes_along(at: Site) -> bool:
+    """Whether prompts may be added where attention is computed, as nothing comes in between."""
+    recipe = at.recipe
+    spread = at.proc._parallel_config is not None  # pyright: ignore[reportPrivateUsage]
+    return not (recipe.edits or recipe.around or spread)
+
+
+def _summed(
+    branches: Sequence[Branch],
+    q: Tensor,
+    kernel: KernelCall,
+    scoring: Scoring,
+) -> Tensor | None:
+    """The weighted sum ``[B, S, H*D]`` of attention to each branch; None without any."""
+    total = attended(branches, q, kernel, scoring)
+    return _composed(branches, q, kernel, scoring) if total is None else total
 
 
 def _branches(
@@ -113,11 +166,11 @@ def _branches(
     if mask is None:
         tokens = state.flatten(1, -2)
         k, v = _keys(at, layers[0], tokens, q), _keys(at, layers[1], tokens, q)
-        return [Branch(k, v, amount(scale))]
+        return [(k, v, amount(scale))]
     k, v = (_keys(at, layer, state, q).unbind(1) for layer in layers)
     scales = scale if isinstance(scale, list | tuple) else [scale] * len(k)
     weights = (amount(s) * r for s, r in zip(scales, _regions(mask, q), strict=True))
-    return [Branch(*branch) for branch in zip(k, v, weights, strict=True)]
+    return list(zip(k, v, weights, strict=True))
 
 
 def _keys(at: Site, layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
@@ -127,13 +180,13 @@ def _keys(at: Site, layer: nn.Module, tokens: Tensor, q: Tensor) -> Tensor:
 
 
 def _composed(
-    branches: list[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring
+    branches: Sequence[Branch], q: Tensor, kernel: KernelCall, scoring: Scoring
 ) -> Tensor | None:
     """The weighted sum by a call of the kernel for branches with equally many tokens."""
     groups: dict[int, list[Branch]] = {}
     for k, v, weight in branches:
-        branch = Branch(heads_first(k, q.shape[3]), heads_first(v, q.shape[3]), weight)
-        groups.setdefault(branch.k.shape[2], []).append(branch)
+        branch = heads_first(k, q.shape[3]), heads_first(v, q.shape[3]), weight
+        groups.setdefault(k.shape[1], []).append(branch)
     total = None
     for alike in groups.values():
         total = _added(total, alike, q, kernel, scoring)
@@ -280,7 +333,9 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
         raise ValueError("temb is None: the image prompt's norm needs the timestep embedding")
 
     normed = proc.norm_ip(states, temb=at.call.temb)
-    raw = cast("QKV", arranged.raw)
+    raw = arranged.raw
+    if raw is None:
+        raw = QKV(*(x.transpose(1, 2) for x in (arranged.q, arranged.k, arranged.v)))
     k = called(proc.to_k_ip, normed, at.compiling)
     v = called(proc.to_v_ip, normed, at.compiling)
     prompt = QKV(None, k.to(raw.k.dtype), v.to(raw.v.dtype))

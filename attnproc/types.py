@@ -28,6 +28,7 @@ __all__ = [
     "Arranged",
     "Bias",
     "Blocks",
+    "Branch",
     "Call",
     "Causal",
     "Keys",
@@ -245,7 +246,8 @@ class Arranged(_Record):
     text_keys: int
     """How many of the keys are text that was joined to the image."""
     raw: QKV | None = None
-    """For image prompts: the image stream ``[B, S, H, D]`` before norms and rotary embedding."""
+    """For image prompts: the image stream ``[B, S, H, D]`` before norms and rotary embedding; None
+    where there are none of either, and no text was joined."""
 
     def image(self, text_first: bool) -> tuple[int, int] | None:
         """Where the image stands among the queries: start and stop; None without a text."""
@@ -440,7 +442,10 @@ MaskPart = Callable[[Site, Arranged, Scoring], Scoring]
 ScalePart = Callable[[Site], "float | Tensor | None"]
 KernelCall = Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]
 AroundPart = Callable[[KernelCall, Tensor, Tensor, Tensor, Scoring], Tensor]
-PromptPart = Callable[[Site, Arranged, KernelCall], "Tensor | None"]
+Branch = tuple[Tensor, Tensor, "float | Tensor"]
+"""Keys and values ``[B, tokens, H*D]`` under a softmax of their own, and their weight."""
+# A list holds what the attention's own queries look at besides: to be added where it is computed.
+PromptPart = Callable[[Site, Arranged, KernelCall], "Tensor | list[Branch] | None"]
 OutputPart = Callable[
     [Site, Tensor, "tuple[int, int] | None", "Tensor | None"],
     "tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]",

@@ -57,7 +57,7 @@ def right(q: Tensor, prompts: list[Any], scale: float | None) -> Tensor:
         (64, (16, 4), 0.3),
         (12, (1, 70, 257), None),
         (160, (4, 20), None),
-        (16, (4, 3, 2, 1), 1),
+        (16, (4, 130, 2, 1), 1),
     ],
 )
 def test_sums_of_prompts(dim: int, keys: tuple[int, ...], scale: float | None) -> None:
@@ -89,6 +89,19 @@ def test_views_are_taken_as_they_are() -> None:
     torch.testing.assert_close(found.double(), right(q, prompts, None), rtol=1e-5, atol=1e-5)
     flipped = q.transpose(2, 3).contiguous().transpose(2, 3)
     torch.testing.assert_close(branches.attended(flipped, prompts, None), found)
+
+
+def test_a_text_with_its_heads_split() -> None:
+    torch.manual_seed(0)
+    q = torch.randn(B, S, H, 16).transpose(1, 2)
+    k, v = torch.randn(2, B, 9, 2, H, 16)[:, :, :, 1]
+    prompts = [(k.flatten(2), v.flatten(2), 1.0), (*drawn(4, 16), 0.5)]
+    text = k.transpose(1, 2), v.transpose(1, 2), 1.0
+    found = branches.attended(q, [text, *prompts[1:]], None)
+    torch.testing.assert_close(found.double(), right(q, prompts, None), rtol=1e-5, atol=1e-5)
+    gaps = (*(x.mT.contiguous().mT for x in text[:2]), 1.0)
+    torch.testing.assert_close(branches.attended(q, [gaps, *prompts[1:]], None), found)
+    assert branches.attended(q, [(k[:, :, :1].transpose(1, 2), text[1][:, :1], 1.0)], None) is None
 
 
 def test_large_scores_stay_finite_and_half_precision_is_rounded_at_the_end() -> None:
@@ -147,6 +160,33 @@ def test_a_layer_takes_one_launch_and_gives_what_the_composed_way_gives(
             use_fused(True)
     assert len(launches) == 1
     torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["plain", "mask", "long", "causal", "slicing", "norm"])
+def test_the_text_goes_along_where_nothing_comes_in_between(
+    text: str, launches: list[Any]
+) -> None:
+    attn, inputs = prompted()
+    if text == "mask":
+        inputs["attention_mask"] = torch.zeros(B, 1, 5).masked_fill_(torch.arange(5) > 2, -1e4)
+    if text == "long":
+        states = inputs["encoder_hidden_states"][1]
+        inputs["encoder_hidden_states"] = torch.randn(B, 257, 24), states
+    if text == "causal":
+        attn.is_causal = True
+    if text == "slicing":
+        attn.processor = attn.processor.with_slicing(1)
+    if text == "norm":
+        attn.norm_q = torch.nn.LayerNorm(16)
+    with torch.no_grad():
+        found = attn(**inputs)
+        use_fused(False)
+        try:
+            other = attn(**inputs)
+        finally:
+            use_fused(True)
+    torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-5)
+    assert [len(args[1]) for args in launches] == [3 if text == "plain" else 2]
 
 
 def unscaled(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:

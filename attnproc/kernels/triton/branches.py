@@ -1,7 +1,7 @@
-"""Attention from the same queries to several image prompts, weighted and summed, in one pass.
+"""Attention from the same queries to a text and image prompts, weighted and summed, in one pass.
 
-The plain form is what `attnproc.prompts` composes: an attention a prompt, then their sum. Here
-queries are read once and outputs written once, with float32 in between and one rounding.
+The plain form is what `attnproc.prompts` composes: an attention each, then their sum. Here queries
+are read once and outputs written once, with float32 in between and one rounding.
 """
 
 from __future__ import annotations
@@ -16,33 +16,31 @@ import triton.language as tl
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ...types import Branch
 from .launch import Launcher, Plans, Repeated, operator, padded, wrap_triton
 
-__all__ = ["MOST", "Branch", "attended", "fits"]
+__all__ = ["MOST", "attended", "fits"]
 
 MOST = 4
 """How many branches a launch takes."""
 
 # Scores are computed twice, which for many keys costs more than launches.
 _KEYS = 512
-# Bytes of a tile of queries and of one of keys, and the rows that neither needs more of.
-_QUERIES = 16384
-_TILE = 8192
-_ROWS = 64
+# Bytes of a tile, and the rows that one of queries needs no more of. All keys are one tile if they
+# are few; of more keys smaller tiles take less time.
+_TILE = 16384
+_QUERIES = 64
+_FEW, _SOME = 128, 32
 _PRECISION = tl.constexpr("tf32x3")
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-Branch = tuple[Tensor, Tensor, "float | Tensor"]
-"""Keys and values ``[B, tokens, H*D]`` and a weight: a number, or as ``[B|1, S|1, 1]``."""
-
-
 @triton.jit
-def _rows(ptr, first, keys, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr):
+def _rows(ptr, token, first, keys, D: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr):
     """A tile ``[KP, DP]`` of keys or values, zeros outside."""
     n, d = first + tl.arange(0, KP), tl.arange(0, DP)
     inside = (n < keys)[:, None] & (d < D)[None, :]
-    return tl.load(ptr + n[:, None] * (H * D) + d[None, :], mask=inside, other=0.0)
+    return tl.load(ptr + n[:, None] * token + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -54,16 +52,16 @@ def _scores(q, seen, first, keys, scale, KP: tl.constexpr):
 
 @triton.jit
 def _added(
-    total, q, k, v, w, keys, stride, weight, w_batch, w_token, batch, head, tokens, live, scale,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, KP: tl.constexpr,
-    T: tl.constexpr,
+    total, q, k, v, w, keys, k_batch, k_head, k_token, weight, w_batch, w_token,
+    batch, head, tokens, live, scale,
+    D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, KP: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """`total` ``[T, DP]`` and what the queries see of one prompt."""
-    k, v = k + batch * stride + head * D, v + batch * stride + head * D
+    """`total` ``[T, DP]`` and what the queries see of some keys, `KP` of them at a time."""
+    k, v = k + batch * k_batch + head * k_head, v + batch * k_batch + head * k_head
     most = tl.full((T,), float("-inf"), tl.float32)
     sums = tl.zeros((T,), tl.float32)
     for first in tl.range(0, KEYS, KP, num_stages=1):
-        found = _scores(q, _rows(k, first, keys, H, D, DP, KP), first, keys, scale, KP)
+        found = _scores(q, _rows(k, k_token, first, keys, D, DP, KP), first, keys, scale, KP)
         more = tl.maximum(most, tl.max(found, axis=1))
         sums = sums * tl.exp2(most - more) + tl.sum(tl.exp2(found - more[:, None]), axis=1)
         most = more
@@ -71,11 +69,11 @@ def _added(
     if w is not None:
         w = w + batch * w_batch + tokens * w_token
         factor = factor * tl.load(w, mask=live, other=0.0).to(tl.float32)
-    # Scores once more: with sums known, all prompts need but one sum of values.
+    # Scores once more: with sums known, all need but one sum of values.
     for first in tl.range(0, KEYS, KP, num_stages=1):
-        found = _scores(q, _rows(k, first, keys, H, D, DP, KP), first, keys, scale, KP)
+        found = _scores(q, _rows(k, k_token, first, keys, D, DP, KP), first, keys, scale, KP)
         shares = tl.exp2(found - most[:, None]) * factor[:, None]
-        values = _rows(v, first, keys, H, D, DP, KP)
+        values = _rows(v, k_token, first, keys, D, DP, KP)
         total = tl.dot(shares.to(values.dtype), values, total, input_precision=_PRECISION)
     return total
 
@@ -85,12 +83,15 @@ def _added(
 def _attend(
     q, o, k0, v0, w0, k1, v1, w1, k2, v2, w2, k3, v3, w3,
     length, q_batch, q_head, q_token, scale,
-    keys0, stride0, weight0, batch0, token0, keys1, stride1, weight1, batch1, token1,
-    keys2, stride2, weight2, batch2, token2, keys3, stride3, weight3, batch3, token3,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, KP: tl.constexpr,
-    T: tl.constexpr,
+    keys0, batch0, head0, token0, weight0, rows0, along0,
+    keys1, batch1, head1, token1, weight1, rows1, along1,
+    keys2, batch2, head2, token2, weight2, rows2, along2,
+    keys3, batch3, head3, token3, weight3, rows3, along3,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
 ):  # fmt: skip
-    """The sum for some queries of one head."""
+    """The sum for some queries of one head, over keys in `N` whole tiles of `P`."""
     # Compiled code may hand numbers over in double precision.
     scale = tl.cast(scale, tl.float32)
     row = tl.program_id(1).to(tl.int64)
@@ -104,17 +105,17 @@ def _attend(
     q = q + batch * q_batch + head * q_head + first * q_token
     queries = tl.load(q + t[:, None] * q_token + d[None, :], mask=inside, other=0.0)
     total = tl.zeros((T, DP), tl.float32)
-    total = _added(total, queries, k0, v0, w0, keys0, stride0, weight0, batch0, token0,
-                   batch, head, tokens, live, scale, H, D, DP, KEYS, KP, T)  # fmt: skip
+    total = _added(total, queries, k0, v0, w0, keys0, batch0, head0, token0, weight0, rows0,
+                   along0, batch, head, tokens, live, scale, D, DP, N0, P0, T)  # fmt: skip
     if k1 is not None:
-        total = _added(total, queries, k1, v1, w1, keys1, stride1, weight1, batch1, token1,
-                       batch, head, tokens, live, scale, H, D, DP, KEYS, KP, T)  # fmt: skip
+        total = _added(total, queries, k1, v1, w1, keys1, batch1, head1, token1, weight1, rows1,
+                       along1, batch, head, tokens, live, scale, D, DP, N1, P1, T)  # fmt: skip
     if k2 is not None:
-        total = _added(total, queries, k2, v2, w2, keys2, stride2, weight2, batch2, token2,
-                       batch, head, tokens, live, scale, H, D, DP, KEYS, KP, T)  # fmt: skip
+        total = _added(total, queries, k2, v2, w2, keys2, batch2, head2, token2, weight2, rows2,
+                       along2, batch, head, tokens, live, scale, D, DP, N2, P2, T)  # fmt: skip
     if k3 is not None:
-        total = _added(total, queries, k3, v3, w3, keys3, stride3, weight3, batch3, token3,
-                       batch, head, tokens, live, scale, H, D, DP, KEYS, KP, T)  # fmt: skip
+        total = _added(total, queries, k3, v3, w3, keys3, batch3, head3, token3, weight3, rows3,
+                       along3, batch, head, tokens, live, scale, D, DP, N3, P3, T)  # fmt: skip
     o = o + ((batch * length + first) * H + head) * D
     tl.store(o + t[:, None] * (H * D) + d[None, :], total.to(o.dtype.element_ty), mask=inside)
 
@@ -124,9 +125,9 @@ def fits(q: Tensor, branches: Sequence[Branch]) -> bool:
     batch, heads, _, dim = q.shape
     where = q.get_device()
     return 0 < len(branches) <= MOST and all(
-        k.ndim == 3
-        and 0 < k.shape[1] <= _KEYS
-        and k.shape == v.shape == (batch, k.shape[1], heads * dim)
+        0 < k.shape[-2] <= _KEYS
+        and k.shape == v.shape
+        and k.shape in ((batch, k.shape[-2], heads * dim), (batch, heads, k.shape[-2], dim))
         and k.dtype is v.dtype is q.dtype
         and k.stride() == v.stride()
         and k.get_device() == v.get_device() == where
@@ -136,11 +137,11 @@ def fits(q: Tensor, branches: Sequence[Branch]) -> bool:
 
 
 def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tensor | None:
-    """The weighted sum of one attention a prompt; None where `fits` says that it can't.
+    """The weighted sum of one attention a branch; None where `fits` says that it can't.
 
     Args:
         q: ``[B, H, S, D]``.
-        branches: At most `MOST`.
+        branches: At most `MOST`; keys and values may also be ``[B, H, tokens, D]``.
         scale: Factor of the scores; None is ``D ** -0.5``.
 
     Returns:
@@ -150,8 +151,8 @@ def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tens
     if is_compiling():
         if not fits(q, branches):
             return None
-        keys, values, weights = zip(*map(_folded, branches), strict=True)
-        return _TRACED(q, keys, values, weights, factor)
+        keys, values, weights = zip(*branches, strict=True)
+        return _TRACED(q, keys, values, _tensors_of(weights, q), factor)
     kind = (q.shape, q.stride(), q.dtype, q.device, factor, *map(_kind, branches))
     try:
         launch, copies = _LAUNCHES[kind]
@@ -191,12 +192,17 @@ def _new_launch(
     return Repeated(_attend, *_arguments(whole, parts, factor)), copies
 
 
-def _folded(branch: Branch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A branch without a number, of which there would be compiled code for each."""
-    k, v, weight = branch
-    if isinstance(weight, Tensor):
-        return k, v, weight
-    return k, v if weight == 1 else v * weight, None
+def _tensors_of(weights: Sequence[float | Tensor], q: Tensor) -> list[Tensor | None]:
+    """Weights without a number, of which there would be compiled code for each; None is one."""
+    numbers = [w for w in weights if not isinstance(w, Tensor) and w != 1]
+    if numbers:
+        one = q.new_ones((), dtype=torch.float32)
+        # All by one small kernel.
+        made = iter(torch.stack([one * number for number in numbers]).unbind())
+    found: list[Tensor | None] = []
+    for w in weights:
+        found.append(w if isinstance(w, Tensor) else None if w == 1 else next(made))
+    return found
 
 
 @operator("attnproc::branches")
@@ -226,16 +232,12 @@ def _room(q: Tensor) -> Tensor:
 
 
 def _rows_in_one_piece(q: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, Sequence[Branch]]:
-    """Channels of a query, and tokens of a prompt, without gaps."""
+    """Channels of a query, of a key and of a value without gaps."""
     if q.stride(3) != 1:
         q = q.contiguous()
-    if all(_is_plain(k) and _is_plain(v) for k, v, _ in branches):
+    if all(k.stride(-1) == v.stride(-1) == 1 for k, v, _ in branches):
         return q, branches
     return q, [(k.contiguous(), v.contiguous(), weight) for k, v, weight in branches]
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
 
 
 def _tensors(q: Tensor, o: Tensor, branches: Sequence[Branch]) -> tuple[Tensor | None, ...]:
@@ -252,12 +254,19 @@ def _arguments(
     batch, heads, length, dim = q.shape
     numbers: list[int | float] = [length, *q.stride()[:3], factor]
     for k, _, weight in branches:
-        numbers += (k.shape[1], k.stride(0), *_factors(weight))
-    numbers += (0, 0, 0.0, 0, 0) * (MOST - len(branches))
-    keys = max(k.shape[1] for k, _, _ in branches)
+        numbers += (k.shape[-2], *_strides(k, dim), *_factors(weight))
+    numbers += (0, 0, 0, 0, 0.0, 0, 0) * (MOST - len(branches))
     # Compiled code for any size is for one size of a head and one number of keys.
-    fixed = _fixed(int(heads), int(dim), int(keys), q.element_size())
-    return (-(-length // fixed[-1]), batch * heads), tuple(numbers), fixed
+    keys = tuple(int(k.shape[-2]) for k, _, _ in branches)
+    fixed = _fixed(int(heads), int(dim), keys, q.element_size())
+    return (-(-length // fixed[3]), batch * heads), tuple(numbers), fixed
+
+
+def _strides(k: Tensor, dim: int) -> tuple[int, ...]:
+    """From row to row, from head to head and from token to token."""
+    if k.ndim == 4:
+        return k.stride()[:3]
+    return k.stride(0), dim, k.stride(1)
 
 
 def _factors(weight: float | Tensor) -> tuple[float, int, int]:
@@ -286,13 +295,15 @@ def _is_map(weight: Tensor, q: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _fixed(heads: int, dim: int, keys: int, size: int) -> tuple[int, ...]:
+def _fixed(heads: int, dim: int, keys: tuple[int, ...], size: int) -> tuple[int, ...]:
     """Arguments of compilation.
 
-    Heads, channels, channels of a tile, keys of the longest prompt in whole tiles, keys of a tile,
-    queries of a tile.
+    Heads, channels, channels of a tile and its queries; then of each branch keys in whole tiles,
+    and the keys of a tile.
     """
     wide = padded(dim)
-    at_once = max(16, min(_ROWS, padded(keys), _TILE // (wide * size)))
-    queries = max(16, min(_ROWS, _QUERIES // (wide * size)))
-    return heads, dim, wide, -(-keys // at_once) * at_once, at_once, queries
+    room = max(16, _TILE // (wide * size))
+    tiles = [padded(n) if n <= min(_FEW, room) else min(_SOME, room) for n in keys]
+    whole = [-(-n // tile) * tile for n, tile in zip(keys, tiles, strict=True)]
+    rest = [0] * (MOST - len(keys))
+    return heads, dim, wide, min(_QUERIES, room), *whole, *rest, *tiles, *rest
