@@ -19,8 +19,9 @@ from .types import Branch, KernelCall, Scoring
 
 __all__ = ["attended", "attended_beside"]
 
-# Keys of a text up to which one launch for all takes the GPU less time than two and a sum.
-_MOST = 256
+# Up to so many elements of a head's keys one launch for a text and prompts takes the GPU less time
+# than two and a sum; so it does up to so many channels a head.
+_ELEMENTS, _CHANNELS = 1 << 14, 128
 
 
 def attended(
@@ -44,6 +45,8 @@ def attended_beside(
     scoring: Scoring,
 ) -> Tensor | None:
     """As `attended`, plus attention to keys ``[B, H, K, D]`` as the scoring says."""
-    if k.shape[2] > _MOST or not scoring.only_causal or scoring.causal or scoring.dropout:
+    if k.shape[3] > _CHANNELS or k.shape[2] * k.shape[3] > _ELEMENTS:
+        return None
+    if not scoring.only_causal or scoring.causal or scoring.dropout:
         return None
     return attended([(k, v, 1.0), *branches], q, kernel, scoring)

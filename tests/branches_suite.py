@@ -171,7 +171,7 @@ def test_the_text_goes_along_where_nothing_comes_in_between(
         inputs["attention_mask"] = torch.zeros(B, 1, 5).masked_fill_(torch.arange(5) > 2, -1e4)
     if text == "long":
         states = inputs["encoder_hidden_states"][1]
-        inputs["encoder_hidden_states"] = torch.randn(B, 257, 24), states
+        inputs["encoder_hidden_states"] = torch.randn(B, 1025, 24), states
     if text == "causal":
         attn.is_causal = True
     if text == "slicing":

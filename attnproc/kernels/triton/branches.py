@@ -31,6 +31,8 @@ _KEYS = 512
 _TILE = 16384
 _QUERIES = 64
 _FEW, _SOME = 128, 32
+# Elements in 16 bytes, in half precision.
+_ALIGNED = 8
 _PRECISION = tl.constexpr("tf32x3")
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -55,9 +57,11 @@ def _added(
     total, q, k, v, w, keys, k_batch, k_head, k_token, weight, w_batch, w_token,
     batch, head, tokens, live, scale,
     D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, KP: tl.constexpr, T: tl.constexpr,
+    A: tl.constexpr,
 ):  # fmt: skip
     """`total` ``[T, DP]`` and what the queries see of some keys, `KP` of them at a time."""
-    k, v = k + batch * k_batch + head * k_head, v + batch * k_batch + head * k_head
+    start, k_token = tl.multiple_of(batch * k_batch + head * k_head, A), tl.multiple_of(k_token, A)
+    k, v = k + start, v + start
     most = tl.full((T,), float("-inf"), tl.float32)
     sums = tl.zeros((T,), tl.float32)
     for first in tl.range(0, KEYS, KP, num_stages=1):
@@ -87,11 +91,14 @@ def _attend(
     keys1, batch1, head1, token1, weight1, rows1, along1,
     keys2, batch2, head2, token2, weight2, rows2, along2,
     keys3, batch3, head3, token3, weight3, rows3, along3,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, A: tl.constexpr,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
 ):  # fmt: skip
-    """The sum for some queries of one head, over keys in `N` whole tiles of `P`."""
+    """The sum for some queries of one head, over keys in `N` whole tiles of `P`.
+
+    All strides are multiples of `A`: Triton itself looks for multiples of 16 alone.
+    """
     # Compiled code may hand numbers over in double precision.
     scale = tl.cast(scale, tl.float32)
     row = tl.program_id(1).to(tl.int64)
@@ -102,20 +109,21 @@ def _attend(
     live = tokens < length
     inside = live[:, None] & (d < D)[None, :]
     # Only where a tile starts needs 64 bits: its places take half the registers so.
-    q = q + batch * q_batch + head * q_head + first * q_token
+    q_token = tl.multiple_of(q_token, A)
+    q = q + tl.multiple_of(batch * q_batch + head * q_head + first * q_token, A)
     queries = tl.load(q + t[:, None] * q_token + d[None, :], mask=inside, other=0.0)
     total = tl.zeros((T, DP), tl.float32)
     total = _added(total, queries, k0, v0, w0, keys0, batch0, head0, token0, weight0, rows0,
-                   along0, batch, head, tokens, live, scale, D, DP, N0, P0, T)  # fmt: skip
+                   along0, batch, head, tokens, live, scale, D, DP, N0, P0, T, A)  # fmt: skip
     if k1 is not None:
         total = _added(total, queries, k1, v1, w1, keys1, batch1, head1, token1, weight1, rows1,
-                       along1, batch, head, tokens, live, scale, D, DP, N1, P1, T)  # fmt: skip
+                       along1, batch, head, tokens, live, scale, D, DP, N1, P1, T, A)  # fmt: skip
     if k2 is not None:
         total = _added(total, queries, k2, v2, w2, keys2, batch2, head2, token2, weight2, rows2,
-                       along2, batch, head, tokens, live, scale, D, DP, N2, P2, T)  # fmt: skip
+                       along2, batch, head, tokens, live, scale, D, DP, N2, P2, T, A)  # fmt: skip
     if k3 is not None:
         total = _added(total, queries, k3, v3, w3, keys3, batch3, head3, token3, weight3, rows3,
-                       along3, batch, head, tokens, live, scale, D, DP, N3, P3, T)  # fmt: skip
+                       along3, batch, head, tokens, live, scale, D, DP, N3, P3, T, A)  # fmt: skip
     o = o + ((batch * length + first) * H + head) * D
     tl.store(o + t[:, None] * (H * D) + d[None, :], total.to(o.dtype.element_ty), mask=inside)
 
@@ -153,7 +161,7 @@ def attended(q: Tensor, branches: Sequence[Branch], scale: float | None) -> Tens
             return None
         keys, values, weights = zip(*branches, strict=True)
         return _TRACED(q, keys, values, _tensors_of(weights, q), factor)
-    kind = (q.shape, q.stride(), q.dtype, q.device, factor, *map(_kind, branches))
+    kind = (q.shape, q.stride(), q.dtype, q.get_device(), factor, *map(_kind, branches))
     try:
         launch, copies = _LAUNCHES[kind]
     except KeyError:
@@ -176,9 +184,10 @@ def _kind(branch: Branch) -> tuple[Any, ...]:
     k, v, weight = branch
     of_weight: Any = weight
     if isinstance(weight, Tensor):
-        of_weight = weight.shape, weight.stride(), weight.dtype, weight.device
-    of_k, of_v = ((x.shape, x.stride(), x.dtype, x.device) for x in (k, v))
-    return *of_k, *of_v, of_weight
+        of_weight = weight.shape, weight.stride(), weight.dtype, weight.get_device()
+    # An index of a device, as the device itself takes several times as long.
+    of_k = k.shape, k.stride(), k.dtype, k.get_device()
+    return *of_k, v.shape, v.stride(), v.dtype, v.get_device(), of_weight
 
 
 def _new_launch(
@@ -258,7 +267,9 @@ def _arguments(
     numbers += (0, 0, 0, 0, 0.0, 0, 0) * (MOST - len(branches))
     # Compiled code for any size is for one size of a head and one number of keys.
     keys = tuple(int(k.shape[-2]) for k, _, _ in branches)
-    fixed = _fixed(int(heads), int(dim), keys, q.element_size())
+    strides = [*q.stride()[:3], *(n for k, _, _ in branches for n in _strides(k, dim))]
+    aligned = all(stride % _ALIGNED == 0 for stride in strides)
+    fixed = _fixed(int(heads), int(dim), keys, q.element_size(), aligned)
     return (-(-length // fixed[3]), batch * heads), tuple(numbers), fixed
 
 
@@ -295,15 +306,18 @@ def _is_map(weight: Tensor, q: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _fixed(heads: int, dim: int, keys: tuple[int, ...], size: int) -> tuple[int, ...]:
+def _fixed(
+    heads: int, dim: int, keys: tuple[int, ...], size: int, aligned: bool
+) -> tuple[int, ...]:
     """Arguments of compilation.
 
-    Heads, channels, channels of a tile and its queries; then of each branch keys in whole tiles,
-    and the keys of a tile.
+    Heads, channels, channels of a tile, its queries, what strides are multiples of; then of each
+    branch keys in whole tiles, and the keys of a tile.
     """
     wide = padded(dim)
     room = max(16, _TILE // (wide * size))
     tiles = [padded(n) if n <= min(_FEW, room) else min(_SOME, room) for n in keys]
     whole = [-(-n // tile) * tile for n, tile in zip(keys, tiles, strict=True)]
     rest = [0] * (MOST - len(keys))
-    return heads, dim, wide, min(_QUERIES, room), *whole, *rest, *tiles, *rest
+    first = heads, dim, wide, min(_QUERIES, room), _ALIGNED if aligned else 1
+    return *first, *whole, *rest, *tiles, *rest
