@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ...types import Branch
-from .launch import Launcher, Plans, Repeated, operator, padded, wrap_triton
+from .launch import Launcher, Plans, Repeated, aligned, operator, padded, wrap_triton
 
 __all__ = ["MOST", "attended", "fits"]
 
@@ -31,8 +31,6 @@ _KEYS = 512
 _TILE = 16384
 _QUERIES = 64
 _FEW, _SOME = 128, 32
-# Elements in 16 bytes, in half precision.
-_ALIGNED = 8
 _PRECISION = tl.constexpr("tf32x3")
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -97,7 +95,7 @@ def _attend(
 ):  # fmt: skip
     """The sum for some queries of one head, over keys in `N` whole tiles of `P`.
 
-    All strides are multiples of `A`: Triton itself looks for multiples of 16 alone.
+    All strides are multiples of `A`, by `aligned`.
     """
     # Compiled code may hand numbers over in double precision.
     scale = tl.cast(scale, tl.float32)
@@ -268,8 +266,7 @@ def _arguments(
     # Compiled code for any size is for one size of a head and one number of keys.
     keys = tuple(int(k.shape[-2]) for k, _, _ in branches)
     strides = [*q.stride()[:3], *(n for k, _, _ in branches for n in _strides(k, dim))]
-    aligned = all(stride % _ALIGNED == 0 for stride in strides)
-    fixed = _fixed(int(heads), int(dim), keys, q.element_size(), aligned)
+    fixed = _fixed(int(heads), int(dim), keys, q.element_size(), aligned(strides))
     return (-(-length // fixed[3]), batch * heads), tuple(numbers), fixed
 
 
@@ -306,9 +303,7 @@ def _is_map(weight: Tensor, q: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _fixed(
-    heads: int, dim: int, keys: tuple[int, ...], size: int, aligned: bool
-) -> tuple[int, ...]:
+def _fixed(heads: int, dim: int, keys: tuple[int, ...], size: int, step: int) -> tuple[int, ...]:
     """Arguments of compilation.
 
     Heads, channels, channels of a tile, its queries, what strides are multiples of; then of each
@@ -319,5 +314,5 @@ def _fixed(
     tiles = [padded(n) if n <= min(_FEW, room) else min(_SOME, room) for n in keys]
     whole = [-(-n // tile) * tile for n, tile in zip(keys, tiles, strict=True)]
     rest = [0] * (MOST - len(keys))
-    first = heads, dim, wide, min(_QUERIES, room), _ALIGNED if aligned else 1
+    first = heads, dim, wide, min(_QUERIES, room), step
     return *first, *whole, *rest, *tiles, *rest
