@@ -11,6 +11,7 @@ from on_gpu import NEEDS_TRITON, compiled
 pytestmark = NEEDS_TRITON
 
 
+@pytest.mark.parametrize("ones", [(), ("q_token", "token0", "head0", "keys1")])
 @pytest.mark.parametrize(
     ("dtype", "size", "dim", "keys", "count"),
     [
@@ -21,7 +22,7 @@ pytestmark = NEEDS_TRITON
     ],
 )
 def test_it_compiles_for_a_gpu(
-    dtype: str, size: int, dim: int, keys: tuple[int, ...], count: int
+    dtype: str, size: int, dim: int, keys: tuple[int, ...], count: int, ones: tuple[str, ...]
 ) -> None:
     from attnproc.kernels.triton import branches
 
@@ -31,7 +32,7 @@ def test_it_compiles_for_a_gpu(
     # The first prompt has a number as its weight, the others a map.
     absent = ["w0", *names[3 * count :]]
     fixed = branches._fixed(10, dim, keys, size, 8 if dim % 8 == 0 else 1)
-    found = compiled(branches._attend, fixed, types, absent)
+    found = compiled(branches._attend, fixed, types, absent, ones)
     assert found.asm["cubin"]
     # A program's shared memory on an H100.
     assert found.metadata.shared <= 227 * 1024

@@ -10,7 +10,7 @@ an operator in Python costs the CPU more than several launches each time that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..fusing import INTERPRETED
 
-__all__ = ["Launcher", "Plans", "Repeated", "Run", "aligned", "operator", "padded", "wrap_triton"]
+__all__ = ["Launcher", "Plans", "Repeated", "Run", "operator", "padded", "wrap_triton"]
 
 _ALIGNED = 15
-_STEP = 8
 # How many kinds of calls are kept; shapes of a model are few.
 _MOST = 512
 # Since then a compiled kernel takes all arguments of its source, those of compilation too.
@@ -188,14 +187,6 @@ def _bound(compiled: Any, grid: tuple[int, int], device: int) -> Callable[..., N
 def _is_current(tensor: Any) -> bool:
     """Whether launches go to a tensor's device now."""
     return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
-
-
-def aligned(strides: Iterable[int]) -> int:
-    """What all strides are multiples of, as far as loads of 16 bytes in half precision go.
-
-    Of an argument Triton itself finds out multiples of 16 alone, which 40 channels a head are not.
-    """
-    return _STEP if all(stride % _STEP == 0 for stride in strides) else 1
 
 
 def padded(size: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from .launch import Launcher, Plans, Repeated, Run, aligned, operator, padded, wrap_triton
+from .launch import Launcher, Plans, Repeated, Run, operator, padded, wrap_triton
 
 __all__ = ["attended"]
 
@@ -27,11 +27,10 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _rows(ptr, start, n, d, count, stride, D: tl.constexpr, A: tl.constexpr):
-    """A tile of tokens, zeros outside; the start and the stride are multiples of `A`."""
+def _rows(ptr, n, d, count, stride, D: tl.constexpr):
+    """A tile of tokens, zeros outside."""
     inside = (n < count)[:, None] & (d < D)[None, :]
-    places = n[:, None] * tl.multiple_of(stride, A) + d[None, :]
-    return tl.load(ptr + tl.multiple_of(start, A) + places, mask=inside, other=0.0)
+    return tl.load(ptr + n[:, None] * stride + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -52,7 +51,7 @@ def _attend(
     q, k, v, o, queries, keys, q_batch, q_head, q_token, k_batch, k_head, k_token,
     v_batch, v_head, v_token, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, QP: tl.constexpr,
-    KP: tl.constexpr, CAUSAL: tl.constexpr, A: tl.constexpr,
+    KP: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """All of one head."""
     # Compiled code may hand numbers over in double precision.
@@ -60,9 +59,9 @@ def _attend(
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // H, row % H
     m, n, d = tl.arange(0, QP), tl.arange(0, KP), tl.arange(0, DP)
-    asked = _rows(q, batch * q_batch + head * q_head, m, d, queries, q_token, D, A)
-    seen = _rows(k, batch * k_batch + head // G * k_head, n, d, keys, k_token, D, A)
-    values = _rows(v, batch * v_batch + head // G * v_head, n, d, keys, v_token, D, A)
+    asked = _rows(q + batch * q_batch + head * q_head, m, d, queries, q_token, D)
+    seen = _rows(k + batch * k_batch + head // G * k_head, n, d, keys, k_token, D)
+    values = _rows(v + batch * v_batch + head // G * v_head, n, d, keys, v_token, D)
     shares, sums = _shares(asked, seen, m, n, keys, scale, CAUSAL)
     found = tl.dot(shares.to(values.dtype), values, input_precision=_PRECISION) / sums[:, None]
     o = o + (batch * queries * H + head) * D
@@ -76,22 +75,22 @@ def _attend_back(
     g, q, k, v, dq, dk, dv, queries, keys, g_batch, g_head, g_token, q_batch, q_head, q_token,
     k_batch, k_head, k_token, v_batch, v_head, v_token, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, QP: tl.constexpr,
-    KP: tl.constexpr, CAUSAL: tl.constexpr, A: tl.constexpr,
+    KP: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """All of one head of keys, and of the heads of queries that see it."""
     scale = tl.cast(scale, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // (H // G), row % (H // G)
     m, n, d = tl.arange(0, QP), tl.arange(0, KP), tl.arange(0, DP)
-    seen = _rows(k, batch * k_batch + head * k_head, n, d, keys, k_token, D, A)
-    values = _rows(v, batch * v_batch + head * v_head, n, d, keys, v_token, D, A)
+    seen = _rows(k + batch * k_batch + head * k_head, n, d, keys, k_token, D)
+    values = _rows(v + batch * v_batch + head * v_head, n, d, keys, v_token, D)
     of_keys = tl.zeros((KP, DP), tl.float32)
     of_values = tl.zeros((KP, DP), tl.float32)
     inside = (m < queries)[:, None] & (d < D)[None, :]
     for each in range(G):
         one = head * G + each
-        asked = _rows(q, batch * q_batch + one * q_head, m, d, queries, q_token, D, A)
-        given = _rows(g, batch * g_batch + one * g_head, m, d, queries, g_token, D, A)
+        asked = _rows(q + batch * q_batch + one * q_head, m, d, queries, q_token, D)
+        given = _rows(g + batch * g_batch + one * g_head, m, d, queries, g_token, D)
         shares, sums = _shares(asked, seen, m, n, keys, scale, CAUSAL)
         shares = shares / sums[:, None]
         kept = shares.to(values.dtype)
@@ -202,7 +201,7 @@ _TRACED = torch.ops.attnproc.short.default
 
 
 def _is_small(q: Tensor, k: Tensor, most: int = _SMALL) -> bool:
-    channels, queries, keys = _tiles(q, k)
+    _, _, _, channels, queries, keys, _ = _fixed(q, k, False)
     return channels * queries * keys * q.element_size() < most
 
 
@@ -228,7 +227,9 @@ def _backward(
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     dq, dk, dv = found = [_room(t) for t in (q, k, v)]
     if q.numel():
-        (programs, one), numbers, fixed = _arguments(q, k, v, causal, scale, grad)
+        (programs, one), numbers, fixed = _arguments(q, k, v, causal, scale)
+        queries, keys, *others = numbers
+        numbers = queries, keys, *grad.stride()[:3], *others
         # A program a head of keys.
         grid = programs // fixed[1], one
         run(grid, (grad, q, k, v, dq, dk, dv), numbers, fixed)
@@ -241,20 +242,18 @@ def _room(q: Tensor) -> Tensor:
 
 
 def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, factor: float, *grad: Tensor
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, factor: float
 ) -> tuple[tuple[int, int], tuple[int | float, ...], tuple[int, ...]]:
-    """Grid, numbers and arguments of compilation.
+    """Grid, numbers and arguments of compilation."""
+    batch, heads, queries, _ = q.shape
+    strides = (s for x in (q, k, v) for s in x.stride()[:3])
+    numbers = (queries, k.shape[2], *strides, factor)
+    return (batch * heads, 1), numbers, _fixed(q, k, causal)
 
-    The last are heads, those that share keys, channels, sizes of tiles, whether it is causal, and
-    what strides are multiples of.
-    """
+
+def _fixed(q: Tensor, k: Tensor, causal: bool) -> tuple[int, ...]:
+    """Arguments of compilation: heads, those that share keys, channels, and sizes of tiles."""
     # Compiled code for any size is for one size of a head and few sizes of a tile.
-    heads, dim, shared = int(q.shape[1]), int(q.shape[3]), int(k.shape[1])
-    strides = [stride for x in (*grad, q, k, v) for stride in x.stride()[:3]]
-    fixed = heads, heads // shared, dim, *_tiles(q, k), int(causal), aligned(strides)
-    return (q.shape[0] * heads, 1), (q.shape[2], k.shape[2], *strides, factor), fixed
-
-
-def _tiles(q: Tensor, k: Tensor) -> tuple[int, int, int]:
-    """Channels, queries and keys of a tile."""
-    return padded(int(q.shape[3])), padded(int(q.shape[2])), padded(int(k.shape[2]))
+    heads, queries, dim = (int(size) for size in q.shape[1:])
+    tiles = padded(dim), padded(queries), padded(int(k.shape[2]))
+    return heads, heads // int(k.shape[1]), dim, *tiles, int(causal)
