@@ -138,9 +138,10 @@ def _queries(at: Site, arranged: Arranged) -> Tensor:
 
 def _goes_along(at: Site) -> bool:
     """Whether prompts may be added where attention is computed, as nothing comes in between."""
-    recipe = at.recipe
-    spread = at.proc._parallel_config is not None  # pyright: ignore[reportPrivateUsage]
-    return not (recipe.edits or recipe.around or spread)
+    # Compiled code has no `not` for a tuple of objects.
+    if at.recipe.edits or at.recipe.around:
+        return False
+    return at.proc._parallel_config is None  # pyright: ignore[reportPrivateUsage]
 
 
 def _summed(
