@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend
 
 from ..types import Keys, Scoring
 from .lse import backend_of
-from .visible import filled
 
 __all__ = ["by_channel", "worth_a_channel"]
 
@@ -48,15 +47,17 @@ def by_channel(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """Attention ``[B, H, Q, D]`` under a mask over keys alone; zero where it hides all of them."""
     assert isinstance(scoring.mask, Keys)
     assert not isinstance(scoring.scale, Tensor)
-    seen, some = filled(scoring.mask.valid)
+    valid = scoring.mask.valid
     far = q.new_full((), _FAR)
-    hides = torch.where(seen, 0.0, -_FAR).to(k.dtype)[:, None, :, None]  # [B|1, 1, K, 1]
+    hides = torch.where(valid, 0.0, -_FAR).to(k.dtype)[:, None, :, None]  # [B|1, 1, K, 1]
+    # Where all keys are hidden, all scores are alike and finite: of values that are zero.
+    some = valid.any(dim=-1)[:, None, None, None]
     wide_q = torch.cat((q, far.expand(*q.shape[:3], _STEP)), dim=-1)
     wide_k = torch.cat((k, hides.expand(*k.shape[:3], _STEP)), dim=-1)
     return F.scaled_dot_product_attention(
         wide_q,
         wide_k,
-        v.masked_fill(~some[:, None, :, None], 0.0),
+        torch.where(some, v, 0.0),
         scale=q.shape[3] ** -0.5 if scoring.scale is None else scoring.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
