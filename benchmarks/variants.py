@@ -79,6 +79,18 @@ def _like(name: str, tag: str, x: tuple[int, ...], **changes: Any) -> Row:
     return replace(_LISTED[name], name=f"{name}-{tag}", x=x, **changes)
 
 
+def _prompted(tokens: int, heads: int, dim: int) -> Row:
+    """Two image prompts beside a text, as the layers of Stable Diffusion 1.5 have them."""
+    row, width = _LISTED["sdxl-ip-cross-4096"], heads * dim
+    return replace(
+        row,
+        name=f"prompted-2x{tokens}-{heads}x{dim}",
+        x=(2, tokens, width),
+        module={**row.module, "query_dim": width, "heads": heads, "dim_head": dim},
+        init={**row.init, "hidden_size": width},
+    )
+
+
 VARIANTS = [
     _self(1, 1021, 8, 40),
     _self(16, 256, 8, 40),
@@ -115,6 +127,9 @@ VARIANTS = [
     _like("sdxl-pagcfg-self-4096", "odd", (6, 1021, 640)),
     _like("sd3-pag-joint-4096", "odd", (4, 777, 1536), text=(4, 77, 1536)),
     _like("sdxl-ip-cross-4096", "odd", (2, 1021, 640)),
+    _prompted(4096, 8, 40),
+    _prompted(1024, 8, 80),
+    _prompted(256, 8, 160),
     _like("stable-audio-self-1024", "batch-1", (1, 216, 1536)),
     _like("stable-audio-cross", "odd", (2, 777, 1536)),
     _like("lumina-self-4096-gqa", "odd", (2, 1021, 2304), text=(2, 1021, 2304)),
