@@ -223,7 +223,7 @@ def test_another_wish_keeps_the_composed_way(
     assert not launches
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_code_takes_one_launch_for_any_weights(
     dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,10 +243,11 @@ def test_compiled_code_takes_one_launch_for_any_weights(
 
 
 NAMES = ("IPAdapterAttnProcessor2_0-", "FluxIPAdapter")
+SOME = [case for case in CASES if case.id.startswith(NAMES)]
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each([case for case in CASES if case.id.startswith(NAMES)][::2])
+@each(SOME[::4], SOME[2::4])
 def test_classes(case: Case, launches: list[Any]) -> None:
     assert not check(case, low=False).failures
     assert launches or case.id.endswith("-off")

@@ -23,6 +23,8 @@ def stand_ins() -> Iterator[None]:
         yield
 
 
-def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    """A test for every case, under its id."""
-    return pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in cases])
+def each(cases: Iterable[Case], slow: Iterable[Case] = ()) -> pytest.MarkDecorator:
+    """A test for every case, under its id; some in the slow set."""
+    params = [pytest.param(case, id=case.id) for case in cases]
+    params += [pytest.param(case, id=case.id, marks=pytest.mark.slow) for case in slow]
+    return pytest.mark.parametrize("case", params)
