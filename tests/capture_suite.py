@@ -81,7 +81,7 @@ SCORINGS: dict[str, Callable[[], Scoring]] = {
 }
 
 
-@pytest.mark.parametrize("heads", [H, 1])
+@pytest.mark.parametrize("heads", [H, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCORINGS)
 def test_weights_are_those_of_plain_attention(name: str, heads: int, launches: list[Any]) -> None:
     q, k = drawn(heads)

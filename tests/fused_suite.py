@@ -78,7 +78,7 @@ def both_ways(make: Callable[[], Tensor], inputs: list[Tensor]) -> None:
 FORMS = (rotary.pairs, rotary.halves, rotary.per_head, rotary.complex_pairs, rotary.axes)
 
 
-@pytest.mark.parametrize("text", [False, True, "first"])
+@pytest.mark.parametrize("text", [False, True, pytest.param("first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("over", ["image", "joint"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_rotary_embedding_and_join(form: Any, over: Any, text: Any) -> None:

@@ -78,7 +78,7 @@ GRIDS = [(1, 1), (2, 3), (1, 20), (9, 10)]
 
 
 @pytest.mark.parametrize("size", GRIDS)
-@pytest.mark.parametrize("sizes", [(), (5,), (3, 1)])
+@pytest.mark.parametrize("sizes", [(), (5,), pytest.param((3, 1), marks=pytest.mark.slow)])
 def test_every_scale(
     sizes: tuple[int, ...], size: tuple[int, int], answers: dict[str, list[bool]]
 ) -> None:

@@ -38,7 +38,7 @@ def drawn(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     [(3, 2, 2, 28, 28, 96), (2, 4, 2, 16, 16, 40), (5, 1, 1, 1, 1, 8), (2, 6, 1, 64, 64, 64),
      (2, 2, 2, 3, 61, 5), (2, 2, 2, 40, 2, 128)],
 )  # fmt: skip
-@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("scale", [None, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_values(sizes: tuple[int, ...], causal: bool, scale: float | None) -> None:
     torch.manual_seed(0)
     q, k, v = drawn(*sizes)

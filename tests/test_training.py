@@ -60,6 +60,12 @@ def tensors_of(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+# The first is enough for what takes long.
+SOON = [
+    pytest.param(name, marks=[pytest.mark.slow] if i else []) for i, name in enumerate(TRAINED)
+]
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_few_steps_make_a_file_that_loads(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
@@ -85,7 +91,7 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-3) for key in a)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", SOON)
 def test_compiled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.nn.Module.compile
     # The tracing is what could fail; inductor's own work takes minutes.
