@@ -247,7 +247,7 @@ SOME = [case for case in CASES if case.id.startswith(NAMES)]
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each(SOME[::4], SOME[2::4])
+@each(SOME[::2], fast=4)
 def test_classes(case: Case, launches: list[Any]) -> None:
     assert not check(case, low=False).failures
     assert launches or case.id.endswith("-off")

@@ -23,8 +23,10 @@ def stand_ins() -> Iterator[None]:
         yield
 
 
-def each(cases: Iterable[Case], slow: Iterable[Case] = ()) -> pytest.MarkDecorator:
-    """A test for every case, under its id; some in the slow set."""
-    params = [pytest.param(case, id=case.id) for case in cases]
-    params += [pytest.param(case, id=case.id, marks=pytest.mark.slow) for case in slow]
+def each(cases: Iterable[Case], fast: int = 1) -> pytest.MarkDecorator:
+    """A test for every case, under its id; every `fast`-th in the fast set."""
+    params = [
+        pytest.param(case, id=case.id, marks=[pytest.mark.slow] if i % fast else [])
+        for i, case in enumerate(cases)
+    ]
     return pytest.mark.parametrize("case", params)

@@ -230,7 +230,7 @@ SOME = [case for case in CASES if any(name in case.id for name in WANTED) and "r
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each(SOME[::16], SOME[8::16])
+@each(SOME[::8], fast=4)
 def test_classes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     plain = fused.Fused.laid
@@ -247,7 +247,7 @@ def test_norm_formulas_are_read_off_the_layers() -> None:
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each(SOME[3::16], SOME[11::16])
+@each(SOME[3::8], fast=4)
 def test_compiled_code_keeps_the_kernels_in_one_graph(case: Case) -> None:
     assert graph_breaks(case) == 0
 

@@ -222,7 +222,7 @@ SOME = [case for case in CASES if case.cls == "SanaMultiscaleAttnProcessor2_0"]
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each(SOME[::6], SOME[3::6])
+@each(SOME[::3], fast=2)
 def test_the_class(case: Case, answers: dict[str, list[bool]]) -> None:
     assert not check(case, low=False).failures
     assert any(answers["scaled"])
