@@ -79,7 +79,7 @@ FORMS = (rotary.pairs, rotary.halves, rotary.per_head, rotary.complex_pairs, rot
 
 
 @pytest.mark.parametrize("text", [False, True, pytest.param("first", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("over", ["image", "joint"])
+@pytest.mark.parametrize("over", ["joint", pytest.param("image", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_rotary_embedding_and_join(form: Any, over: Any, text: Any) -> None:
     kinds = ["none", "rms", "layer", "l2"]

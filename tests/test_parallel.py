@@ -26,7 +26,12 @@ def _run(ranks: int, names: list[str]) -> None:
     assert not failed, f"{len(failed)} of {len(names)}: {', '.join(failed)}\n{first}"
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_some_classes_on_two_processes() -> None:
+    _run(2, FAST[2][::3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_every_class_on_several_processes(ranks: int) -> None:
     _run(ranks, FAST[ranks])
 

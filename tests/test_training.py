@@ -91,7 +91,8 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-3) for key in a)
 
 
-@pytest.mark.parametrize("name", SOON)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
 def test_compiled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.nn.Module.compile
     # The tracing is what could fail; inductor's own work takes minutes.
