@@ -30,7 +30,8 @@ def arrange(at: Site, streams: Streams) -> Arranged:
     norms, rotary = recipe.norm(at, text is not None), recipe.rotary
     if text is not None:
         text_keys = text.k.shape[1]
-    if rotary is None and norms.none and (text is None or not recipe.prompts):
+    idle = rotary is None and norms.none
+    if idle and (text is None or not recipe.prompts):
         both = _untouched(streams, recipe.text_first)
         if both is not None:
             few = at.keeps_nothing
@@ -40,7 +41,7 @@ def arrange(at: Site, streams: Streams) -> Arranged:
     image.split(dim)
     if text is not None:
         text.split(dim)
-    untouched = rotary is None and norms.none and text is None
+    untouched = idle and text is None
     raw = QKV(image.q, image.k, image.v) if recipe.prompts and not untouched else None
     if rotary is None:
         both = laid(streams, norms, recipe.text_first)

@@ -117,10 +117,9 @@ def with_prompts(
         v: As `k`.
         scoring: Masks and scale; a mask is for `k` alone.
     """
-    heads = q.shape[1]
     total = attended_beside(prompts, q, k, v, kernel, scoring)
     if total is not None:
-        return total.unflatten(2, (heads, -1)).transpose(1, 2)
+        return heads_first(total, q.shape[3])
     total = _summed(prompts, q, kernel, Scoring(scale=scoring.scale))
     o = kernel(q, k, v, scoring)
     return o if total is None else o + heads_first(total, q.shape[3])
