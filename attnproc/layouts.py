@@ -144,8 +144,13 @@ def _by_rows_alone(at: Site) -> bool:
 
 
 def _both(layout: ProjectPart, at: Site, x: Tensor, context: Tensor | None) -> Streams:
-    text = None if context is None else layout(at, context, None).image
-    return Streams(layout(at, x, None).image, text)
+    if context is None:
+        return Streams(layout(at, x, None).image)
+    # A CPU reads all weights for a second product too, and joins the streams by a copy anyway.
+    if x.is_cpu and context.dtype == x.dtype and context.shape[::2] == x.shape[::2]:
+        tokens, both = context.shape[1], layout(at, torch.cat((context, x), dim=1), None).image
+        return Streams(both.tokens(slice(tokens, None)), both.tokens(slice(tokens)))
+    return Streams(layout(at, x, None).image, layout(at, context, None).image)
 
 
 def _is_packed(at: Site, layer: str) -> bool:

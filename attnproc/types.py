@@ -82,6 +82,10 @@ class QKV:
             batch, tokens, channels = v.shape
             self.v = v.view(batch, tokens, channels // dim, dim)
 
+    def tokens(self, span: slice) -> QKV:
+        """Some of the tokens, as views."""
+        return QKV(self.q[:, span], self.k[:, span], self.v[:, span])
+
 
 class _Record:
     """Base of what flows: nothing changes it in place, `but` makes a changed copy.

@@ -1,4 +1,4 @@
-"""Writes what is in benchmarks/results into docs/performance.md and README.md, between markers.
+"""Writes what is in benchmarks/results into pages of docs and README.md, between markers.
 
     python benchmarks/report.py            # the pages and the plots
     python benchmarks/report.py --check    # fails where a page is out of date
@@ -22,7 +22,7 @@ import typer
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = tuple(ROOT / page for page in ("docs/performance.md", "docs/parallel.md", "README.md"))
 IMAGES = ROOT / "docs" / "images"
 
 # Of an H200, measured: dense products in bf16, and memory.
@@ -44,6 +44,14 @@ BESIDE = {
 LEAST = "eager calls by the fastest batch of each row, over the floor"
 GPU_PLOT, CPU_PLOT = "performance-gpu.png", "performance-cpu.png"
 MISSING = "Not measured yet."
+# What is told of models over several GPUs, and of whose attention over which axis.
+PARALLEL = {
+    "ms": "ms, median",
+    "fastest": "ms, fastest call",
+    "graph": "ms, as a graph",
+    "MiB": "MiB",
+}
+SIDES = ("ours", "theirs", "ours-ulysses", "theirs-ulysses", "ours-ring", "theirs-ring")
 
 Data = Mapping[str, Any]
 
@@ -202,6 +210,38 @@ def denoisers() -> str:
     ]  # fmt: skip
     head = ("model", "eager", "by the fastest", "host", "peak MiB")
     return f"{table(head, lines)}{failures(data)}\n\n{about(data)}"
+
+
+def two_gpus() -> str:
+    """Whole models over two GPUs."""
+    path = RESULTS / "parallel-nvidia-h200-x2.json"
+    if not path.exists():
+        return MISSING
+    data = json.loads(path.read_text())
+    lines: list[list[str]] = []
+    for model in dict.fromkeys(row["model"] for row in data["rows"]):
+        of = {row["side"]: row for row in data["rows"] if row["model"] == model}
+        for key, what in PARALLEL.items():
+            cells = [_beside_one(of, side, key) for side in SIDES]
+            lines.append([model if key == "ms" else "", what, *cells])
+    names = (side.replace("ours", "attnproc").replace("theirs", "diffusers") for side in SIDES)
+    head = ("model", "", *(name.replace("-", ", ") for name in names))
+    versions = ", ".join(f"{name} {data[name]}" for name in ("attnproc", "torch", "diffusers"))
+    sent = data["link"]["all_to_all_GB_s"]
+    return (
+        f"{table(head, lines)}\n\n{data['ranks']} x {data['device']}, {sent:.0f} GB/s each way; "
+        f"{versions}; `{data['command']}` at {data['commit']}."
+    )
+
+
+def _beside_one(of: Data, side: str, key: str) -> str:
+    """A figure, and how many times as good it is as one GPU's of the same library."""
+    row = of.get(side, {})
+    if key not in row:
+        return "–"
+    one = of.get(side.partition("-")[0], {}).get(key)
+    alone = "-" not in side or not one
+    return f"{row[key]}" if alone else f"{row[key]} ({one / row[key]:.2f})"
 
 
 def bounds() -> str:
@@ -447,6 +487,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "cpu-fp32": cpu("fp32"),
     "cpu-bf16": cpu("bf16"),
     "variants": variants,
+    "two-gpus": two_gpus,
     "speed": short,
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, each, stand_ins
+from cases import CASES, Case, each, some, stand_ins
 from spies import spied
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def test_sums_of_prompts(dim: int, keys: tuple[int, ...], scale: float | None) -
     torch.testing.assert_close(found.double(), right(q, prompts, scale), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
+@some("kind", WEIGHTS, fast=2)
 def test_weights(kind: str) -> None:
     torch.manual_seed(0)
     q = torch.randn(B, S, H, 16).transpose(1, 2)
@@ -247,7 +247,7 @@ SOME = [case for case in CASES if case.id.startswith(NAMES)]
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each(SOME[::2], fast=4)
+@each(SOME[::2], fast=8)
 def test_classes(case: Case, launches: list[Any]) -> None:
     assert not check(case, low=False).failures
     assert launches or case.id.endswith("-off")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import some
 from spies import spied
 from test_capture import Model, plain_weights
 from torch import Tensor
@@ -185,14 +186,14 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], Inputs]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@some("change", CHANGES, fast=3)
 def test_calls_of_a_layer_that_differ(change: str) -> None:
     """What was worked out for the first call serves the third, and not the second."""
     q, k = drawn()
     inputs = [(q, k, Scoring()), CHANGES[change](q, k), (q, k, Scoring())]
     maps = Maps([0, 5], part=(1, 2), each_step=True)
-    for some in inputs:
-        call(maps, *some)
+    for each in inputs:
+        call(maps, *each)
 
     for (q, k, scoring), found in zip(inputs, maps.taken["layer"], strict=True):
         right = plain_weights(q, k, scoring)[..., [0, 5]].mean(dim=1)
@@ -200,13 +201,13 @@ def test_calls_of_a_layer_that_differ(change: str) -> None:
         close(found, right[q.shape[0] // 2 :, start:])
 
 
-@pytest.mark.parametrize("change", ["a mask", "a bias", "a scale", "dtype", "double", "causal"])
+@some("change", ("a mask", "a bias", "a scale", "dtype", "double", "causal"), fast=2)
 def test_calls_that_differ_make_one_sum(change: str) -> None:
     q, k = drawn()
     inputs = [(q, k, Scoring()), CHANGES[change](q, k), (q, k, Scoring())]
     maps = Maps([0, 5], part=(0, 1))
-    for some in inputs:
-        call(maps, *some)
+    for each in inputs:
+        call(maps, *each)
 
     right = [plain_weights(*some)[..., [0, 5]].mean(dim=1) for some in inputs]
     close(maps.sums["layer"], torch.stack(right).sum(dim=0))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,17 @@ from attnproc.verify.cases import CASES, CLASSES, Case, ModuleSpec, select
 from attnproc.verify.check import quiet
 from attnproc.verify.fakes import installed
 
-__all__ = ["CASES", "CLASSES", "FIRST", "Case", "ModuleSpec", "each", "select", "stand_ins"]
+__all__ = [
+    "CASES",
+    "CLASSES",
+    "FIRST",
+    "Case",
+    "ModuleSpec",
+    "each",
+    "select",
+    "some",
+    "stand_ins",
+]
 
 # The plainest configuration of every class.
 FIRST = {case.cls: case for case in reversed(CASES)}
@@ -25,8 +36,15 @@ def stand_ins() -> Iterator[None]:
 
 def each(cases: Iterable[Case], fast: int = 1) -> pytest.MarkDecorator:
     """A test for every case, under its id; every `fast`-th in the fast set."""
+    return some("case", cases, fast, ids=lambda case: case.id)
+
+
+def some(
+    name: str, values: Iterable[Any], fast: int, ids: Callable[[Any], str] | None = None
+) -> pytest.MarkDecorator:
+    """A test for every value of an argument; every `fast`-th in the fast set."""
     params = [
-        pytest.param(case, id=case.id, marks=[pytest.mark.slow] if i % fast else [])
-        for i, case in enumerate(cases)
+        pytest.param(value, marks=[pytest.mark.slow] if i % fast else [])
+        for i, value in enumerate(values)
     ]
-    return pytest.mark.parametrize("case", params)
+    return pytest.mark.parametrize(name, params, ids=ids)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, each, stand_ins
+from cases import CASES, Case, each, some, stand_ins
 from torch import Tensor, nn
 
 from attnproc import fused, norms, rotary
@@ -80,7 +80,7 @@ FORMS = (rotary.pairs, rotary.halves, rotary.per_head, rotary.complex_pairs, rot
 
 @pytest.mark.parametrize("text", [False, True, pytest.param("first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("over", ["joint", pytest.param("image", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@some("form", FORMS, fast=2, ids=lambda form: form.__name__)
 def test_rotary_embedding_and_join(form: Any, over: Any, text: Any) -> None:
     kinds = ["none", "rms", "layer", "l2"]
     kind = kinds[(FORMS.index(form) + bool(text) + (over == "joint")) % 4]
@@ -88,7 +88,7 @@ def test_rotary_embedding_and_join(form: Any, over: Any, text: Any) -> None:
 
 
 @pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize("kind", NORMS)
+@some("kind", NORMS, fast=2)
 def test_norms(kind: str, across: bool) -> None:
     check_prologue(kind, across and kind != "l2", rotary.pairs, "joint", True)
     check_prologue(kind, across and kind != "l2", None, "joint", True)
@@ -230,7 +230,7 @@ SOME = [case for case in CASES if any(name in case.id for name in WANTED) and "r
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each(SOME[::8], fast=4)
+@each(SOME[::8], fast=6)
 def test_classes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     plain = fused.Fused.laid
@@ -247,7 +247,7 @@ def test_norm_formulas_are_read_off_the_layers() -> None:
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each(SOME[3::8], fast=4)
+@each(SOME[3::8], fast=6)
 def test_compiled_code_keeps_the_kernels_in_one_graph(case: Case) -> None:
     assert graph_breaks(case) == 0
 

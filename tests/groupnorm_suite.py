@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, each, stand_ins
+from cases import CASES, Case, each, some, stand_ins
 from spies import spied
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ def over_channels(norm: nn.Module, x: Tensor) -> Tensor:
         return frame._over_channels(norm, x)
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@some("affine", (True, False), fast=2)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_are_normed(shape: str, affine: bool, launches: list[Any]) -> None:
     x, norm = drawn(SHAPES[shape])
@@ -164,7 +164,7 @@ def test_compiled_code_has_it_too(dynamic: bool, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each([case for case in CASES if case.id.startswith("AttnAddedKVProcessor2_0-")])
+@each((case for case in CASES if case.id.startswith("AttnAddedKVProcessor2_0-")), fast=4)
 def test_classes(case: Case, launches: list[Any]) -> None:
     assert not check(case, low=False).failures
     assert launches

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, each, stand_ins
+from cases import CASES, Case, each, some, stand_ins
 from torch import Tensor, nn
 
 from attnproc import fused_grid, layouts, outputs, pack
@@ -77,7 +77,7 @@ def both_ways(attn: nn.Module, x: Tensor, allowed: float = 1e-4) -> None:
 GRIDS = [(1, 1), (2, 3), (1, 20), (9, 10)]
 
 
-@pytest.mark.parametrize("size", GRIDS)
+@some("size", GRIDS, fast=2)
 @pytest.mark.parametrize("sizes", [(), (5,), pytest.param((3, 1), marks=pytest.mark.slow)])
 def test_every_scale(
     sizes: tuple[int, ...], size: tuple[int, int], answers: dict[str, list[bool]]
@@ -87,7 +87,7 @@ def test_every_scale(
     assert answers == {"scaled": [True, False], "normed": [True, False]}
 
 
-@pytest.mark.parametrize("dim", [8, 12, 32])
+@some("dim", (12, 8, 32), fast=3)
 @pytest.mark.parametrize("residual", [False, True])
 def test_heads_and_residual(residual: bool, dim: int, answers: dict[str, list[bool]]) -> None:
     attn = drawn(attention_head_dim=dim, residual_connection=residual)
@@ -103,7 +103,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@some("layout", LAYOUTS, fast=2)
 def test_a_grid_in_any_layout_of_memory(layout: str, answers: dict[str, list[bool]]) -> None:
     attn = drawn(residual_connection=True)
     both_ways(attn, LAYOUTS[layout](torch.randn(2, CHANNELS, 6, 9)))
@@ -222,7 +222,7 @@ SOME = [case for case in CASES if case.cls == "SanaMultiscaleAttnProcessor2_0"]
 
 
 @pytest.mark.usefixtures("stand_ins")
-@each(SOME[::3], fast=2)
+@each(SOME[::3], fast=4)
 def test_the_class(case: Case, answers: dict[str, list[bool]]) -> None:
     assert not check(case, low=False).failures
     assert any(answers["scaled"])

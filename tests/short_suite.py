@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import some
 from kernel_cases import check, draw_case
 from spies import spied
 from torch import Tensor
@@ -163,7 +164,7 @@ def test_by_name_it_says_what_it_does_not_take() -> None:
         attention(q, k, v, Keys.first(torch.tensor([5, 3]), 8), backend="short")
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@some("dynamic", (False, True), fast=2)
 def test_compiled_code_has_it_too(dynamic: bool, launches: list[Any]) -> None:
     torch.manual_seed(0)
     proc = MochiVaeAttnProcessor2_0()

@@ -137,6 +137,7 @@ def test_batches_are_in_the_models_form(mixer: Mixer):
     assert bool((batch.tokens == 2).sum(1).eq(1).all())
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_stopped(mixer: Mixer, tmp_path: Path):
     vocabulary_size = len(mixer.ids)
     first = Trainer(Denoiser(vocabulary_size), mixer, Budget(steps=4), batch=2)

@@ -110,6 +110,7 @@ def test_two_halves_are_a_whole_in_any_layout(folder: Path, tmp_path: Path) -> N
     assert np.abs(whole - halves).max() <= 1
 
 
+@pytest.mark.slow
 def test_all_together_on_other_processors(folder: Path, tmp_path: Path) -> None:
     every = options(folder, "lora", "custom", "image", "pag")
     first = made(tmp_path / "a.png", *every)

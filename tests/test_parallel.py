@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("typer")
 
 import numpy as np
+from cases import some
 from parallel_jobs import FAST, JOBS, losing, outcomes
 from typer.testing import CliRunner
 
@@ -42,7 +43,7 @@ def test_every_configuration_on_several_processes(ranks: int) -> None:
     _run(ranks, [name for name in JOBS[ranks] if name not in FAST[ranks]])
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+@some("how", ("hangs", "dies"), fast=2)
 def test_a_lost_rank_ends_the_job_on_every_other(how: str) -> None:
     found = losing(how, timeout=2)
 
@@ -53,6 +54,7 @@ def test_a_lost_rank_ends_the_job_on_every_other(how: str) -> None:
         assert seconds < 10
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_picture_of_one_process(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     app = pytest.importorskip("attnproc.app.commands").app

@@ -13,7 +13,7 @@ from ..masks import factors
 from ..types import Scoring
 from . import triton
 from .base import Kernel
-from .fusing import fusable
+from .fusing import fusable, is_transformed, keeps_nothing
 from .reference import expand_heads
 
 __all__ = ["RELU_ADAPTIVE", "RELU_LINEAR", "relu_adaptive", "relu_linear"]
@@ -21,6 +21,8 @@ __all__ = ["RELU_ADAPTIVE", "RELU_LINEAR", "relu_adaptive", "relu_linear"]
 
 # Channels a head up to which the fused kernel holds its sums.
 _FUSED = 128
+# Elements of a row of the batch from which on it takes a CPU longer than the calls for it.
+_LONG = 1 << 16
 
 
 def relu_linear(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
@@ -29,17 +31,36 @@ def relu_linear(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         weight = factors(scoring, k.dtype)
         k = k if weight is None else k * weight.transpose(-1, -2)
         return triton.linear.linear_attention(q, k, v.to(q.dtype), scoring.eps).to(v.dtype)
+    weight = factors(scoring, torch.promote_types(q.dtype, torch.float32))
+    rows = q.shape[0]
+    plain = q.is_cpu and q.__class__ is Tensor and keeps_nothing() and not is_transformed()
+    if not plain or q.numel() < rows * _LONG:
+        return _attended(q, k, v, weight, scoring.eps).to(v.dtype)
+    # A row of the batch is read where it lies; of several at once torch makes copies.
+    o = v.new_empty(rows, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    for i in range(rows):
+        row = slice(i, i + 1)
+        of_row = weight if weight is None or len(weight) == 1 else weight[row]
+        _attended(q[row], k[row], v[row], of_row, scoring.eps, o[row])
+    return o
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, eps: float, into: Tensor | None = None
+) -> Tensor:
+    """The outcome in float32 or wider, or rounded `into` a tensor of its shape."""
     # Each wide copy goes before the next comes: they set the peak of memory.
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys = _weighted(F.relu(expand_heads(k, q)).to(wide), scoring)
+    keys = F.relu(expand_heads(k, q)).to(wide)
+    if weight is not None:
+        keys = keys * weight.transpose(-1, -2)
     state = keys.transpose(-1, -2) @ expand_heads(v, q).to(wide)  # [B, H, D, D]
     total = keys.sum(dim=-2).unsqueeze(-1)  # [B, H, D, 1]
     del keys
     queries = F.relu(q).to(wide)
-    o, norm = queries @ state, queries @ total + scoring.eps
+    o, norm = queries @ state, queries @ total + eps
     del queries
-    o = o / norm
-    return o.to(v.dtype)
+    return torch.div(o, norm, out=into)
 
 
 def relu_adaptive(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
