@@ -44,11 +44,16 @@ class Side:
 
     def start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
         """Copies what is second into what is first; gives what the current stream waits by."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        main = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(main)
+        # Not by its context, which asks for the current one twice more.
+        torch.cuda.set_stream(self._stream)
+        try:
             for into, found in pairs:
                 into.copy_(found)
-            return self._stream.record_event().wait
+        finally:
+            torch.cuda.set_stream(main)
+        return self._stream.record_event().wait
 
     def recording(self) -> bool:
         """Whether a CUDA graph is being captured."""
