@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 
 from .fused_grid import plus
 from .kernels import triton
-from .kernels.fusing import alike, fusable, is_autocast
+from .kernels.fusing import alike, fusable, is_autocast, keeps_nothing
 from .linears import is_watched
 from .shapes import from_grid, to_grid
 from .types import Site
@@ -128,7 +128,7 @@ class GroupNorm(Step):
     @staticmethod
     def enter(at: Site, x: Tensor, context: Tensor | None) -> Pair:
         norm = at.held("group_norm")
-        return x if norm is None else _over_channels(norm, x), context
+        return x if norm is None else _over_channels(at, norm, x), context
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ContextNorm(Step):
         if norm is None or context is None:
             return x, context
         if isinstance(norm, nn.GroupNorm):
-            return x, _over_channels(norm, context)
+            return x, _over_channels(at, norm, context)
         return x, norm(context)
 
 
@@ -170,9 +170,9 @@ def _plus_input(at: Site, image: Tensor) -> Tensor:
     return image + at.call.x if at.compiling else plus(image, at.call.x)
 
 
-def _over_channels(norm: Any, x: Tensor) -> Tensor:
+def _over_channels(at: Site, norm: Any, x: Tensor) -> Tensor:
     """Tokens ``[B, S, C]`` normed, for which the norm sees ``[B, C, S]``."""
-    if not is_grad_enabled() and fusable(x) and _is_plain(norm, x):
+    if not at.compiling and keeps_nothing() and fusable(x) and _is_plain(norm, x):
         home, own = triton.groupnorm, norm._parameters
         if home.fits(x, norm.num_groups):
             return home.group_norm(x, norm.num_groups, own["weight"], own["bias"], norm.eps)

@@ -7,15 +7,12 @@ float32 with one rounding at the end.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from .launch import Launcher, Plans, Repeated, operator, wrap_triton
+from .launch import Launcher, Plans, Repeated
 
 __all__ = ["fits", "group_norm"]
 
@@ -56,8 +53,7 @@ def _whole(
     mean = tl.sum(means * counts, axis=1) / size
     beside = means - mean[:, None]
     variance = tl.sum(squares + counts * beside * beside, axis=1) / size
-    # Compiled code may hand numbers over in double precision.
-    return mean, tl.rsqrt(variance + tl.cast(eps, tl.float32))
+    return mean, tl.rsqrt(variance + eps)
 
 
 @Launcher
@@ -109,58 +105,30 @@ def group_norm(
     Returns:
         ``[B, S, C]``, contiguous, in the dtype of `x`.
     """
-    if is_compiling():
-        return _TRACED(x, groups, weight, bias, eps)
     kind = (
         x.shape, x.stride(), x.dtype, x.get_device(), groups, weight is None, bias is None, eps,
     )  # fmt: skip
     try:
-        moments, normed = _LAUNCHES[kind]
+        parts, moments, normed = _LAUNCHES[kind]
     except KeyError:
-        of_moments, of_normed = _arguments(x, groups, eps)
-        launches = Repeated(_moments, *of_moments), Repeated(_normed, *of_normed)
-        moments, normed = _LAUNCHES.keep(kind, launches)
-    found, o = _room(x, moments.grid)
+        parts, moments, normed = _LAUNCHES.keep(kind, _new_launches(x, groups, eps))
+    found = x.new_empty(x.shape[0], groups, parts, 2, dtype=torch.float32)
+    o = x.new_empty(x.shape)
     moments(x, found)
     normed(x, o, found, weight, bias)
     return o
 
 
-_LAUNCHES: Plans[tuple[Repeated, Repeated]] = Plans()
+_LAUNCHES: Plans[tuple[int, Repeated, Repeated]] = Plans()
 
 
-@operator("attnproc::group_norm")
-def _operator(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    of_moments, of_normed = _arguments(x, groups, eps)
-    found, o = _room(x, of_moments[0])
-    grid, numbers, fixed = of_moments
-    wrap_triton(_moments)(grid, (x, found), numbers, fixed)
-    grid, numbers, fixed = of_normed
-    wrap_triton(_normed)(grid, (x, o, found, weight, bias), numbers, fixed)
-    return o
-
-
-# By itself, as compiled code checks each name on the way to it.
-_TRACED = torch.ops.attnproc.group_norm.default
-
-
-def _room(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Room for what the first pass finds, by its grid of parts and groups, and for the outcome."""
-    parts, rows = grid
-    return x.new_empty(rows, parts, 2, dtype=torch.float32), x.new_empty(x.shape)
-
-
-def _arguments(x: Tensor, groups: int, eps: float) -> tuple[Any, Any]:
-    """Grid, numbers and arguments of compilation of both passes."""
+def _new_launches(x: Tensor, groups: int, eps: float) -> tuple[int, Repeated, Repeated]:
+    """Parts of a group, and both passes, for calls of this kind."""
     batch, length, channels = x.shape
     size, stride = channels // groups * length, x.stride(0)
     parts = -(-size // _PART)
     tiles = -(-channels // _TILE) * -(-length // _TILE)
+    moments = Repeated(_moments, (parts, batch * groups), (size, groups, stride), (_PART,))
     numbers = (channels, length, groups, size, stride, eps)
     fixed = (parts, 1 << (parts - 1).bit_length(), _PART, _TILE)
-    return (
-        ((parts, batch * groups), (size, groups, stride), (_PART,)),
-        ((tiles, batch), numbers, fixed),
-    )
+    return parts, moments, Repeated(_normed, (tiles, batch), numbers, fixed)
