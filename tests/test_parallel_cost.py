@@ -23,8 +23,9 @@ SIDES = {"ours": ONE, "ours-ulysses": Split(ulysses=2), "ours-ring": Split(ring=
 THEIRS = replace(H100, linear=446e12, attention=420e12, host=3.25e-3, host_exchange=0.3e-3)
 
 
-def test_the_times_of_two_gpus() -> None:
-    rows = json.loads((RESULTS / "parallel-nvidia-h100-80gb-hbm3-x2.json").read_text())["rows"]
+@pytest.mark.parametrize("gpu", ["h100-80gb-hbm3", "h200"])
+def test_the_times_of_two_gpus(gpu: str) -> None:
+    rows = json.loads((RESULTS / f"parallel-nvidia-{gpu}-x2.json").read_text())["rows"]
     graphs = [row for row in rows if "graph" in row]
 
     assert len(graphs) == len(MODELS) * len(SIDES)
