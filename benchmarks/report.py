@@ -224,10 +224,8 @@ def two_gpus() -> str:
     for model in dict.fromkeys(row["model"] for row in data["rows"]):
         of = {row["side"]: row for row in data["rows"] if row["model"] == model}
         for key, what in PARALLEL.items():
-            cells = [
-                "wrong" if model == WRONG and side.startswith("theirs-") else _beside_one(of, side, key)
-                for side in SIDES
-            ]
+            wrong = ("theirs-ulysses", "theirs-ring") if model == WRONG else ()
+            cells = ["wrong" if side in wrong else _beside_one(of, side, key) for side in SIDES]
             lines.append([model if key == "ms" else "", what, *cells])
     names = (side.replace("ours", "attnproc").replace("theirs", "diffusers") for side in SIDES)
     head = ("model", "", *(name.replace("-", ", ") for name in names))

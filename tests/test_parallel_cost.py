@@ -39,7 +39,7 @@ def test_the_times_of_two_gpus(gpu: str) -> None:
             H100, linear=H100.linear / factor, attention=H100.attention / factor, host=0.0
         )
         found = cost(model, split, machine).total * 1e3
-        assert found == pytest.approx(row["graph"], rel=0.12), row
+        assert found == pytest.approx(row["graph"], rel=0.15), row
         eager = cost(model, split)
         # What Python takes is another host's each time: that it is the larger part is compared.
         if eager.total == eager.host:
