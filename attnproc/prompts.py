@@ -345,9 +345,13 @@ def joint_decoupled(at: Site, arranged: Arranged, kernel: KernelCall) -> Tensor 
     q, k, v = both.q.transpose(1, 2), both.k.transpose(1, 2), both.v.transpose(1, 2)
     # The prompt's keys stand behind the image's as a text's would.
     scoring = Scoring(scale=at.recipe.scale(at), image_keys=(0, raw.k.shape[1]))
-    o = amount(proc.scale) * merge_heads(kernel(q, k, v, scoring))
     mask = _only_mask(at.call.ip_masks)
-    return o if mask is None else o * _regions(mask, q)[0]
+    region = None if mask is None else _regions(mask, q)[0]
+    o = merge_heads(kernel(q, k, v, scoring))
+    # What is scaled is as large as each of them.
+    del both, q, k, v
+    o = amount(proc.scale) * o
+    return o if region is None else o * region
 
 
 def _only_mask(masks: Sequence[Tensor | None] | Tensor | None) -> Tensor | None:

@@ -21,8 +21,6 @@ __all__ = ["RELU_ADAPTIVE", "RELU_LINEAR", "relu_adaptive", "relu_linear"]
 
 # Channels a head up to which the fused kernel holds its sums.
 _FUSED = 128
-# Elements of a row of the batch from which on it takes a CPU longer than the calls for it.
-_LONG = 1 << 16
 
 
 def relu_linear(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
@@ -31,36 +29,46 @@ def relu_linear(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         weight = factors(scoring, k.dtype)
         k = k if weight is None else k * weight.transpose(-1, -2)
         return triton.linear.linear_attention(q, k, v.to(q.dtype), scoring.eps).to(v.dtype)
-    weight = factors(scoring, torch.promote_types(q.dtype, torch.float32))
-    rows = q.shape[0]
-    plain = q.is_cpu and q.__class__ is Tensor and keeps_nothing() and not is_transformed()
-    if not plain or q.numel() < rows * _LONG:
-        return _attended(q, k, v, weight, scoring.eps).to(v.dtype)
-    # A row of the batch is read where it lies; of several at once torch makes copies.
-    o = v.new_empty(rows, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    for i in range(rows):
-        row = slice(i, i + 1)
-        of_row = weight if weight is None or len(weight) == 1 else weight[row]
-        _attended(q[row], k[row], v[row], of_row, scoring.eps, o[row])
-    return o
-
-
-def _attended(
-    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, eps: float, into: Tensor | None = None
-) -> Tensor:
-    """The outcome in float32 or wider, or rounded `into` a tensor of its shape."""
+    if q.is_cpu and q.__class__ is Tensor and keeps_nothing() and not is_transformed():
+        return _in_place(q, expand_heads(k, q), expand_heads(v, q), scoring)
     # Each wide copy goes before the next comes: they set the peak of memory.
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys = F.relu(expand_heads(k, q)).to(wide)
-    if weight is not None:
-        keys = keys * weight.transpose(-1, -2)
+    keys = _weighted(F.relu(expand_heads(k, q)).to(wide), scoring)
     state = keys.transpose(-1, -2) @ expand_heads(v, q).to(wide)  # [B, H, D, D]
     total = keys.sum(dim=-2).unsqueeze(-1)  # [B, H, D, 1]
     del keys
     queries = F.relu(q).to(wide)
-    o, norm = queries @ state, queries @ total + eps
+    o, norm = queries @ state, queries @ total + scoring.eps
     del queries
+    o = o / norm
+    return o.to(v.dtype)
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """The same without gradients: what is written anyway is written as the next step reads it.
+
+    By itself torch copies each factor of a product once more, so that heads lie side by side.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    room = k.new_empty(k.shape, dtype=wide)
+    keys = _weighted(_positive(k, room), scoring)
+    state = keys.transpose(-1, -2) @ v.to(wide)
+    total = keys.sum(dim=-2).unsqueeze(-1)
+    del keys
+    queries = _positive(q, room if q.shape == k.shape else q.new_empty(q.shape, dtype=wide))
+    o, norm = queries @ state, (queries @ total).add_(scoring.eps)
+    # What they took the outcome takes.
+    del queries, room
+    batch, heads, tokens, dim = o.shape
+    into = v.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     return torch.div(o, norm, out=into)
+
+
+def _positive(t: Tensor, room: Tensor) -> Tensor:
+    """``relu(t)`` in a room of its shape, of its dtype or a wider one."""
+    if room.dtype == t.dtype:
+        return torch.clamp_min(t, 0, out=room)
+    return room.copy_(t).clamp_min_(0)
 
 
 def relu_adaptive(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
