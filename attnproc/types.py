@@ -137,9 +137,10 @@ class Streams(_Record):
         if image is None or text is None:
             return text if image is None else image
         first, last = (text, image) if text_first else (image, text)
-        if not first.is_cpu:
+        # A CPU's output lies as its queries do, and is to be tokens; keys and values are read faster
+        # where those of a head lie side by side.
+        if name == "q" or not first.is_cpu:
             return torch.cat((first, last), dim=1)
-        # The kernel of a CPU is faster where the tokens of a head lie side by side.
         return torch.cat((first.transpose(1, 2), last.transpose(1, 2)), dim=2).transpose(1, 2)
 
 
