@@ -137,8 +137,8 @@ class Streams(_Record):
         if image is None or text is None:
             return text if image is None else image
         first, last = (text, image) if text_first else (image, text)
-        # A CPU's output lies as its queries do, and is to be tokens; keys and values are read faster
-        # where those of a head lie side by side.
+        # On a CPU the output lies as queries do, and is to be tokens; keys and values are read
+        # faster where the tokens of a head lie side by side.
         if name == "q" or not first.is_cpu:
             return torch.cat((first, last), dim=1)
         return torch.cat((first.transpose(1, 2), last.transpose(1, 2)), dim=2).transpose(1, 2)
