@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from attnproc.kernels import (
 )
 from attnproc.kernels.around import grouped
 from attnproc.kernels.channel import by_channel, worth_a_channel
+from attnproc.kernels.linear import relu_linear
 from attnproc.kernels.oracle import oracle
 from attnproc.kernels.packed import pack
 from attnproc.types import Bias, Blocks, Keys, Scoring
@@ -70,6 +71,24 @@ def test_a_mask_over_keys_as_channels(rows: slice, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), right, rtol=allowed, atol=10 * allowed)
     # It is for cuDNN alone.
     assert not worth_a_channel(q, k, v, scoring)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mask", [None, Keys(VALID), Keys(VALID[:1])], ids=["none", "keys", "one"])
+@pytest.mark.parametrize("keys", [7, 5])
+def test_linear_attention_without_gradients(keys: int, mask: Keys | None, dtype: Any) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(3, keys, 4, 8).to(dtype).transpose(1, 2)
+    k, v = torch.randn(2, 3, 7, 2, 8).to(dtype).transpose(2, 3)
+    kept = [t.clone() for t in (q, k, v)]
+    scoring = Scoring(mask=mask, eps=1e-6)
+    right = relu_linear(q, k, v, scoring)
+    with torch.no_grad():
+        found = relu_linear(q, k, v, scoring)
+    torch.testing.assert_close(found, right)
+    # Its heads are joined by a view, and what it was given stays as it is.
+    assert found.transpose(1, 2).is_contiguous()
+    assert all(map(torch.equal, (q, k, v), kept))
 
 
 def equal(kernel: Kernel, scoring: Scoring) -> None:

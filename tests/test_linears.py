@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnproc import linears
+from attnproc import CogVideoXAttnProcessor2_0, linears
+from attnproc.attention import Attention
 
 
 def apart(batch: int = 2, tokens: int = 6, channels: int = 8) -> Tensor:
@@ -53,3 +54,23 @@ def test_a_layer_whose_weight_is_an_attribute_is_called() -> None:
     del layer.weight, layer.bias
     layer.weight, layer.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
     torch.testing.assert_close(linears.called(layer, x, False), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_streams_with_shared_projections_go_together_on_a_cpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    attn = Attention(query_dim=16, heads=2, dim_head=8, bias=True, out_bias=True)
+    attn.processor = CogVideoXAttnProcessor2_0()
+    image, text = torch.randn(2, 6, 16), torch.randn(2, 3, 16)
+    seen: list[torch.Size] = []
+    attn.to_q.register_forward_hook(lambda layer, args, out: seen.append(args[0].shape))
+    attn.to(dtype)
+    found = attn(image.to(dtype), encoder_hidden_states=text.to(dtype))
+    assert seen == [(2, 9, 16)]
+    # Of another dtype the text goes by itself, as its products do.
+    attn.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        apart = attn(image, encoder_hidden_states=text.bfloat16())
+    assert seen[1:] == [(2, 6, 16), (2, 3, 16)]
+    for one, other in zip(apart, found, strict=True):
+        torch.testing.assert_close(one.to(dtype), other, rtol=0.05, atol=0.05)

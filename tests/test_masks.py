@@ -8,7 +8,6 @@ from torch import Tensor
 
 import attnproc
 from attnproc.kernels import attention
-from attnproc.kernels.channel import by_channel
 from attnproc.kernels.oracle import oracle
 from attnproc.kernels.visible import dense_mask
 from attnproc.masks import Room, factors, fold
@@ -183,16 +182,3 @@ def test_a_mask_that_comes_to_hide_something_is_honoured(mode: type) -> None:
         mask[:, 4:] = False
         torch.testing.assert_close(attended(attn, mask), attended(attn, mask.clone()))
         assert not torch.allclose(attended(attn, mask), whole)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_mask_over_keys_as_channels(rows: int) -> None:
-    torch.manual_seed(0)
-    q = torch.randn(3, 50, 8, 24).transpose(1, 2)
-    k, v = (torch.randn(3, 40, 2, 24).transpose(1, 2) for _ in range(2))
-    valid = torch.rand(rows, 40) > 0.4
-    # A row without a key comes out as zeros.
-    valid[-1] &= rows == 1
-    found = by_channel(q, k, v, Scoring(mask=Keys(valid), scale=0.3))
-    right = oracle(q, k, v, Keys(valid), scale=0.3)[0]
-    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
