@@ -223,8 +223,8 @@ def two_gpus() -> str:
     lines: list[list[str]] = []
     for model in dict.fromkeys(row["model"] for row in data["rows"]):
         of = {row["side"]: row for row in data["rows"] if row["model"] == model}
+        wrong = ("theirs-ulysses", "theirs-ring") if model == WRONG else ()
         for key, what in PARALLEL.items():
-            wrong = ("theirs-ulysses", "theirs-ring") if model == WRONG else ()
             cells = ["wrong" if side in wrong else _beside_one(of, side, key) for side in SIDES]
             lines.append([model if key == "ms" else "", what, *cells])
     names = (side.replace("ours", "attnproc").replace("theirs", "diffusers") for side in SIDES)

@@ -61,7 +61,7 @@ FLEXIBLE = cases(dtypes=(torch.float32,), dims=(16, 40, 64), grads=(False,))
 NO_SHRINKING = {**QUIET, "phases": (Phase.explicit, Phase.generate)}
 
 
-@settings(max_examples=4, **NO_SHRINKING)
+@settings(max_examples=8, **NO_SHRINKING)
 @given(FLEXIBLE)
 def test_flex_equals_the_oracle_in_a_graph(case: Case) -> None:
     check(case, FLEX, traced)

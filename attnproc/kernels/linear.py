@@ -29,46 +29,31 @@ def relu_linear(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         weight = factors(scoring, k.dtype)
         k = k if weight is None else k * weight.transpose(-1, -2)
         return triton.linear.linear_attention(q, k, v.to(q.dtype), scoring.eps).to(v.dtype)
-    if q.is_cpu and q.__class__ is Tensor and keeps_nothing() and not is_transformed():
-        return _in_place(q, expand_heads(k, q), expand_heads(v, q), scoring)
-    # Each wide copy goes before the next comes: they set the peak of memory.
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys = _weighted(F.relu(expand_heads(k, q)).to(wide), scoring)
+    # On a CPU what is written anyway is written as the next step reads it: of factors whose heads
+    # do not lie side by side torch makes copies.
+    laid = q.is_cpu and q.__class__ is Tensor and keeps_nothing() and not is_transformed()
+    # Each wide copy goes before the next comes: they set the peak of memory.
+    keys = _weighted(_positive(expand_heads(k, q), wide, laid), scoring)
     state = keys.transpose(-1, -2) @ expand_heads(v, q).to(wide)  # [B, H, D, D]
     total = keys.sum(dim=-2).unsqueeze(-1)  # [B, H, D, 1]
     del keys
-    queries = F.relu(q).to(wide)
+    queries = _positive(q, wide, laid)
     o, norm = queries @ state, queries @ total + scoring.eps
     del queries
-    o = o / norm
-    return o.to(v.dtype)
-
-
-def _in_place(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """The same without gradients: what is written anyway is written as the next step reads it.
-
-    By itself torch copies each factor of a product once more, so that heads lie side by side.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    room = k.new_empty(k.shape, dtype=wide)
-    keys = _weighted(_positive(k, room), scoring)
-    state = keys.transpose(-1, -2) @ v.to(wide)
-    total = keys.sum(dim=-2).unsqueeze(-1)
-    del keys
-    queries = _positive(q, room if q.shape == k.shape else q.new_empty(q.shape, dtype=wide))
-    o, norm = queries @ state, (queries @ total).add_(scoring.eps)
-    # What they took the outcome takes.
-    del queries, room
+    if not laid:
+        return (o / norm).to(v.dtype)
     batch, heads, tokens, dim = o.shape
-    into = v.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    return torch.div(o, norm, out=into)
+    return torch.div(o, norm, out=v.new_empty(batch, tokens, heads, dim).transpose(1, 2))
 
 
-def _positive(t: Tensor, room: Tensor) -> Tensor:
-    """``relu(t)`` in a room of its shape, of its dtype or a wider one."""
-    if room.dtype == t.dtype:
-        return torch.clamp_min(t, 0, out=room)
-    return room.copy_(t).clamp_min_(0)
+def _positive(t: Tensor, wide: torch.dtype, laid: bool) -> Tensor:
+    """``relu(t)`` in a wide dtype; `laid` with the tokens of a head side by side."""
+    if not laid:
+        return F.relu(t).to(wide)
+    room = t.new_empty(t.shape, dtype=wide)
+    # torch writes no such outcome in another dtype.
+    return torch.clamp_min(t, 0, out=room) if t.dtype == wide else room.copy_(t).clamp_min_(0)
 
 
 def relu_adaptive(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
